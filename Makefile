@@ -1,0 +1,41 @@
+# The commands of the README. Each builds .venv when it is missing or older than what defines it.
+# Needs Python 3.11 or newer, make and pip. Another interpreter: make PYTHON=python3.12 test
+SHELL  := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   ?= demo
+
+.PHONY: help demo test test-fast bench clean
+
+help:
+	@echo 'make demo       simulate, train, analyse: a report on three states in $(DEMO)/'
+	@echo 'make test       everything: notebooks and modules in step, all notebooks, pytest'
+	@echo 'make test-fast  the daily part of it, under five minutes'
+	@echo 'make bench      the benchmarks; each prints a table'
+	@echo 'make clean      remove $(VENV) and what builds left behind'
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'recon_nb needs Python 3.11 or newer, and $(PYTHON) is not. Run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)'; exit 1; }
+	@# Where the system's Python lacks ensurepip (Debian without python3-venv), the system's pip fills the environment.
+	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/recon demo -o $(DEMO)
+
+test: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh
+
+test-fast: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh fast
+
+bench: $(STAMP)
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
