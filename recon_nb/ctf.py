@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def compute_wavelength(
     voltage: Tensor,  # (...) kV
 ) -> Tensor:  # (...) Å
-    "Return the relativistic electron wavelength (CODATA 2018 constants, as RELION uses them)."
+    "Return the relativistic electron wavelength (CODATA 2018 constants; RELION's rounding differs by 5e-6)."
     volts = voltage * 1e3
     return 12.2642597 / torch.sqrt(volts * (1 + 0.978476e-6 * volts))
 
@@ -64,7 +64,7 @@ def compute_ctf(
 ) -> Tensor:  # (..., M) real, in the dtype of `freqs`
     """Return the contrast transfer function, positive at low frequency for underfocus (RELION's sign).
 
-    Source: Mindell & Grigorieff 2003 (eq. 1 to 5, there with the opposite sign); scale and B factor as RELION applies
+    Source: Mindell & Grigorieff 2003 (there with the opposite sign); scale and B factor as RELION applies
     rlnCtfScalefactor and rlnCtfBfactor.
     """
     ctf = torch.sin(compute_phase(params, freqs)) * compute_envelope(params.bfactor, freqs)

@@ -114,7 +114,7 @@ def matrix_to_rotvec(
 def sixd_to_matrix(
     sixd: Tensor,  # (..., 6) two vectors, not parallel; they become the first two columns
 ) -> Tensor:  # (..., 3, 3)
-    "Return the rotation whose first two columns are the two vectors made orthonormal (Zhou et al. 2019, eq. 15)."
+    "Return the rotation whose first two columns are the two vectors made orthonormal (Zhou et al. 2019)."
     first = torch.nn.functional.normalize(sixd[..., :3], dim=-1)
     second = sixd[..., 3:] - (first * sixd[..., 3:]).sum(dim=-1, keepdim=True) * first
     second = torch.nn.functional.normalize(second, dim=-1)
@@ -157,7 +157,7 @@ def compute_uniform_share(
 def make_fibonacci_rotations(
     n: int,  # number of rotations
 ) -> Tensor:  # (n, 3, 3) float32
-    "Return n rotations spread evenly, the same on every call (super-Fibonacci spiral, Alexa 2022, algorithm 1)."
+    "Return n rotations spread evenly, the same on every call (super-Fibonacci spiral, Alexa 2022)."
     place = torch.arange(n, dtype=torch.float64) + 0.5
     inner, outer = torch.sqrt(place / n), torch.sqrt(1 - place / n)
     first, second = 2 * math.pi * place / math.sqrt(2), 2 * math.pi * place / 1.533751168755204288118041
@@ -205,7 +205,9 @@ def plot_view_directions(
     longitude, latitude = torch.meshgrid(edges[1], torch.asin(edges[0]), indexing="xy")
     shown = ax.pcolormesh(longitude, latitude, relative, cmap="viridis", vmin=0)
     ax.set(xlabel="rot (degrees)", ylabel="90 - tilt (degrees)")
+    ax.set_xticks([math.radians(x) for x in (-120, -60, 0, 60, 120)])
     ax.tick_params(labelsize=6)
+    ax.tick_params(axis="x", colors="w")
     ax.figure.colorbar(shown, ax=ax, shrink=0.7, label="density (uniform = 1)")
     return ax
 
@@ -307,13 +309,14 @@ def plot_rotation_errors(
     "Draw the share of images within a given error, beside that of random poses."
     import matplotlib.pyplot as plt
 
-    if ax is None:
-        ax = plt.subplots(figsize=(5, 2.6))[1]
+    ax = ax or plt.subplots(figsize=(5, 2.6))[1]
+    if not ax.lines:
         degrees = torch.logspace(-1, math.log10(180), 200)
         ax.plot(degrees, compute_uniform_share(degrees), color="0.6", ls="--", label="random poses")
         ax.set(xlabel="rotation error (degrees)", ylabel="share of images", xscale="log", xlim=(0.1, 180), ylim=(0, 1))
     errors = errors.detach().cpu().sort().values
-    ax.plot(errors, torch.arange(1, len(errors) + 1) / len(errors), label=label)
+    color = okabe_ito[(len(ax.lines) - 1) % len(okabe_ito)]
+    ax.plot(errors, torch.arange(1, len(errors) + 1) / len(errors), color=color, label=label)
     ax.legend(fontsize=8)
     return ax
 
