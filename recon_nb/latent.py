@@ -7,7 +7,7 @@ __all__ = ['to_points', 'choose_colors', 'PCAResult', 'run_pca', 'plot_explained
            'Clusters', 'sort_centers', 'make_clusters', 'cluster_kmeans', 'cluster_gmm', 'summarize_clusters',
            'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'count_support', 'Traversal', 'traverse_pc',
            'traverse_graph', 'explain_gap', 'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy',
-           'plot_points', 'plot_density', 'mark_points', 'resample_volume', 'finish_volume', 'generate_volumes',
+           'plot_points', 'plot_density', 'plot_histogram', 'mark_points', 'finish_volume', 'generate_volumes',
            'make_montage', 'plot_montage']
 
 # %% ../nbs/50_latent.ipynb #c6253c21
@@ -30,7 +30,6 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .core import InputError, Latents, NumericalError, Volume, okabe_ito, suggest_names
-from .fourier import fourier_crop
 from .volumes import flip_hand as mirror_volume
 from .volumes import low_pass as low_pass_volume
 
@@ -68,7 +67,8 @@ class PCAResult:
     coordinates: np.ndarray  # (P, Z) of the points that were given
 
     @property
-    def explained(self) -> np.ndarray:  # (Z,) fraction of the variance, sums to 1
+    def explained(self) -> np.ndarray:  # (Z,)
+        "Fraction of the variance along each component; sums to 1."
         total = self.variance.sum()
         return self.variance / total if total > 0 else np.zeros_like(self.variance)
 
@@ -178,10 +178,11 @@ def sort_centers(
 
 # %% ../nbs/50_latent.ipynb #abc768f0
 def make_clusters(
-    method: str,  # what made the labels
     points: np.ndarray,  # (P, Z)
     labels: np.ndarray,  # (P,) int
     centers: np.ndarray,  # (K, Z)
+    *,
+    method: str,  # what made the labels
     probability: np.ndarray | None = None,  # (P, K); from the labels where absent
 ) -> Clusters:
     "Build `Clusters` in sorted order with on-data centres; a cluster without members takes the particle nearest to its mean."
@@ -210,7 +211,7 @@ def cluster_kmeans(
     points = to_points(z)
     _check_n_clusters(points, k)
     fit = KMeans(n_clusters=k, n_init=n_starts, random_state=seed).fit(points)
-    return make_clusters("kmeans", points, fit.labels_, fit.cluster_centers_)
+    return make_clusters(points, fit.labels_, fit.cluster_centers_, method="kmeans")
 
 # %% ../nbs/50_latent.ipynb #00b88b58
 def _check_n_clusters(
@@ -238,7 +239,7 @@ def cluster_gmm(
     floor = 1e-6 * points.var(axis=0).mean() + 1e-12  # keeps a component on few points from collapsing, at any scale of z
     fit = GaussianMixture(k, covariance_type="full", reg_covar=floor, n_init=n_starts, random_state=seed).fit(points)
     probability = fit.predict_proba(points)
-    return make_clusters("gmm", points, probability.argmax(axis=1), fit.means_, probability)
+    return make_clusters(points, probability.argmax(axis=1), fit.means_, method="gmm", probability=probability)
 
 # %% ../nbs/50_latent.ipynb #ade19da2
 def summarize_clusters(
@@ -280,6 +281,8 @@ class NeighborGraph:
     matrix: csr_matrix  # (P, P) distances, latent units; absent where not neighbours
     threshold: float  # latent units, no edge is longer
     mean_distance: float  # latent units, of all edges
+    mean_neighbors: float  # average length of a list, as asked
+    max_neighbors: int  # longest list, as asked
 
     @property
     def component(self) -> np.ndarray:  # (P,) int
@@ -309,7 +312,7 @@ def build_neighbor_graph(
     keep = distance <= threshold
     start = np.concatenate([[0], keep.sum(axis=1).cumsum()])
     matrix = csr_matrix((distance[keep], row[keep], start), shape=(n_points, n_points))
-    return NeighborGraph(matrix, float(threshold), float(distance[keep].mean()))
+    return NeighborGraph(matrix, float(threshold), float(distance[keep].mean()), mean_neighbors, max_neighbors)
 
 # %% ../nbs/50_latent.ipynb #617dd4f3
 def count_support(
@@ -386,7 +389,7 @@ def traverse_graph(
     for start, end in zip(anchors[:-1], anchors[1:]):
         came_from = dijkstra(graph.matrix, directed=False, indices=start, return_predecessors=True)[1]
         if came_from[end] < 0 and start != end:
-            raise InputError(explain_gap(points, start, end, graph, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors))
+            raise InputError(explain_gap(points, graph, (start, end)))
         leg = [end]
         while leg[-1] != start:
             leg.append(int(came_from[leg[-1]]))
@@ -398,23 +401,19 @@ def traverse_graph(
 # %% ../nbs/50_latent.ipynb #cb410de2
 def explain_gap(
     points: np.ndarray,  # (P, Z)
-    start: int,  # row of an anchor
-    end: int,  # row of the next anchor
     graph: NeighborGraph,
-    *,
-    mean_neighbors: float,  # that the graph was built with
-    max_neighbors: int,  # that the graph was built with
+    pair: tuple[int, int],  # rows of two successive anchors
 ) -> str:
     "Say why two anchors are not connected and what would connect them."
-    component = graph.component
-    sizes = [int((component == component[a]).sum()) for a in (start, end)]
+    component, (start, end), most = graph.component, pair, graph.max_neighbors
+    sizes = [int((component == component[a]).sum()) for a in pair]
     text = f"No chain of neighbouring particles joins anchors {start} and {end}: they lie in separate components of {sizes[0]} and {sizes[1]} particles"
-    text += f" (no step longer than {graph.threshold:.3g}, the distance that gives {mean_neighbors:g} neighbours on average)."
-    for more in range(int(mean_neighbors) + 1, max_neighbors + 1):
-        wider = build_neighbor_graph(points, mean_neighbors=more, max_neighbors=max_neighbors).component
+    text += f" (no step longer than {graph.threshold:.3g}, the distance that gives {graph.mean_neighbors:g} neighbours on average)."
+    for more in range(int(graph.mean_neighbors) + 1, most + 1):
+        wider = build_neighbor_graph(points, mean_neighbors=more, max_neighbors=most).component
         if wider[start] == wider[end]:
             return text + f" With an average of {more} neighbours they connect; or choose anchors within one component."
-    return text + f" Not even {max_neighbors} neighbours for all connect them: raise the largest number of neighbours, or choose anchors within one component."
+    return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, or choose anchors within one component."
 
 # %% ../nbs/50_latent.ipynb #324fb275
 def compute_knn_correlation(
@@ -513,6 +512,19 @@ def plot_density(
     ax.set(xlabel=names[0], ylabel=names[1])
     return ax
 
+# %% ../nbs/50_latent.ipynb #1b248eba
+def plot_histogram(
+    values: np.ndarray,  # (P,)
+    *,
+    name: str = "z",  # of the values, with unit
+    ax: Axes | None = None,
+) -> Axes:
+    "Draw how many particles have which value; the picture of a one-dimensional latent."
+    ax = plt.subplots()[1] if ax is None else ax
+    ax.hist(values, bins=int(np.clip(np.sqrt(len(values)), 10, 80)), color=okabe_ito[0])
+    ax.set(xlabel=name, ylabel="particles")
+    return ax
+
 # %% ../nbs/50_latent.ipynb #73f9e16c
 def mark_points(
     points: np.ndarray,  # (N, 2) in the coordinates of the axes
@@ -529,60 +541,41 @@ def mark_points(
     return ax
 
 # %% ../nbs/50_latent.ipynb #49600851
-def resample_volume(
-    volume: Volume,
-    box: int,  # voxels along an edge of the result
-) -> Volume:
-    "Return the same field of view on another number of voxels, by cropping or padding the transform."
-    pixel_size = volume.pixel_size * volume.box / box
-    moved = (volume.box // 2) * volume.pixel_size - (box // 2) * pixel_size  # 0 for even boxes
-    origin = tuple(x + moved for x in volume.origin)
-    return Volume(fourier_crop(volume.data, box, n_dims=3), pixel_size, origin)
-
-# %% ../nbs/50_latent.ipynb #e35ec4fd
 def finish_volume(
     volume: Volume,
     *,
     scale: float = 1.0,  # what the images were divided by before training
     invert: bool = False,  # negate
     low_pass: float | None = None,  # Å
-    box: int | None = None,  # voxels along an edge of the result, the same field of view
     flip_hand: bool = False,  # mirror along z
 ) -> Volume:
-    "Scale, negate, low-pass, resample and mirror a decoded volume."
+    "Scale, negate, low-pass and mirror a decoded volume."
     volume = replace(volume, data=volume.data.float() * (-scale if invert else scale))
     if low_pass is not None:
         volume = low_pass_volume(volume, low_pass)
-    if box is not None:
-        volume = resample_volume(volume, box)
     return mirror_volume(volume) if flip_hand else volume
 
-# %% ../nbs/50_latent.ipynb #21654a93
+# %% ../nbs/50_latent.ipynb #e35ec4fd
 def generate_volumes(
-    model: torch.nn.Module,  # offers decode_volume(z (Z,) or None) -> (D, D, D) real
+    model: torch.nn.Module,  # has lattice and decode_volume(z (Z,) or None, box) -> (box, box, box)
     z: Latents | Tensor | np.ndarray | None,  # (N, Z) where to decode; None for a homogeneous model, which gives one volume
     *,
-    pixel_size: float,  # Å, of the decoded volume
+    box: int | None = None,  # px, of the result, at most the images'; the same field of view on fewer voxels
     scale: float = 1.0,  # what the images were divided by before training
     invert: bool = False,  # negate
     low_pass: float | None = None,  # Å
-    box: int | None = None,  # voxels along an edge of the result, the same field of view
     flip_hand: bool = False,  # mirror along z
 ) -> Iterator[Volume]:
     "Decode and finish one volume after the other; raise `NumericalError` where the decoder answers with NaN."
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    points = [None] if z is None else torch.as_tensor(to_points(z), dtype=torch.float32, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        for number, point in enumerate(points):
-            with torch.inference_mode():
-                data = model.decode_volume(point).float().cpu()
-            if not bool(torch.isfinite(data).all()):
-                raise NumericalError(f"The decoded volume {number} is not finite; the run diverged: use an earlier epoch.")
-            yield finish_volume(Volume(data, pixel_size), scale=scale, invert=invert, low_pass=low_pass, box=box, flip_hand=flip_hand)
-    finally:
-        model.train(was_training)
+    box = model.lattice.box if box is None else box
+    pixel_size = model.lattice.pixel_size * model.lattice.box / box
+    points = [None] if z is None else torch.as_tensor(to_points(z), dtype=torch.float32)
+    for number, point in enumerate(points):
+        with torch.no_grad():
+            data = model.decode_volume(point, box).float().cpu()
+        if not bool(torch.isfinite(data).all()):
+            raise NumericalError(f"The decoded volume {number} is not finite; the run diverged: use an earlier epoch.")
+        yield finish_volume(Volume(data, pixel_size), scale=scale, invert=invert, low_pass=low_pass, flip_hand=flip_hand)
 
 # %% ../nbs/50_latent.ipynb #585ca3bf
 def make_montage(
@@ -602,13 +595,14 @@ def plot_montage(
     montage: np.ndarray,  # (3 D, N D) from `make_montage`
     *,
     titles: Sequence[str] | None = None,  # N texts above the columns; numbers where absent
+    limits: tuple[float, float] | None = None,  # density drawn black and white; percentiles 1 and 99.8 where absent
     ax: Axes | None = None,
 ) -> Axes:
     "Show a montage in one gray scale for all volumes."
     box = montage.shape[0] // 3
     n_columns = montage.shape[1] // box
     ax = plt.subplots(figsize=(max(1.2 * n_columns, 2.4), 3.9), layout="constrained")[1] if ax is None else ax
-    low, high = np.percentile(montage, [1, 99.8])
+    low, high = np.percentile(montage, [1, 99.8]) if limits is None else limits
     ax.imshow(montage, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), interpolation="nearest")
     titles = [str(n) for n in range(n_columns)] if titles is None else titles
     ax.set_xticks((np.arange(n_columns) + 0.5) * box - 0.5, titles, fontsize=8)
