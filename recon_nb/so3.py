@@ -97,7 +97,9 @@ def rotvec_to_matrix(
     theta = torch.linalg.vector_norm(rotvec, dim=-1)[..., None, None]
     first = torch.sinc(theta / math.pi)
     second = torch.sinc(theta / (2 * math.pi)).square() / 2
-    return torch.eye(3, dtype=rotvec.dtype, device=rotvec.device) + first * cross + second * (cross @ cross)
+    eye = torch.eye(3, dtype=rotvec.dtype, device=rotvec.device)
+    square = rotvec[..., :, None] * rotvec[..., None, :] - theta.square() * eye
+    return eye + first * cross + second * square
 
 # %% ../nbs/02_so3.ipynb #c84d5a85
 def matrix_to_rotvec(
@@ -133,7 +135,8 @@ def rotation_distance(
     b: Tensor,  # (..., 3, 3)
 ) -> Tensor:  # (...) degrees, 0 to 180
     "Return the geodesic distance: the angle of the rotation between a and b."
-    (r00, r01, r02), (r10, r11, r12), (r20, r21, r22) = (row.unbind(-1) for row in (a @ b.mT).unbind(-2))
+    product = (a[..., :, None, :] * b[..., None, :, :]).sum(dim=-1)  # a b^T, in full precision under autocast too
+    (r00, r01, r02), (r10, r11, r12), (r20, r21, r22) = (row.unbind(-1) for row in product.unbind(-2))
     sine = torch.stack([r21 - r12, r02 - r20, r10 - r01], dim=-1).norm(dim=-1)
     return torch.rad2deg(torch.atan2(sine, r00 + r11 + r22 - 1))
 
