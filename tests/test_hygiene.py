@@ -250,6 +250,8 @@ samples = {
                     make_notebook('#| export\nclass A:\n    def f(self):\n' + '        x = 1\n' * 40)),
     'no prose': (on_cells(rules.check_prose), make_notebook(title, 'Prose.', '#| export\ndef f(): pass'), make_notebook(title, '#| export\ndef f(): pass')),
     'four at once': (on_cells(rules.check_prose), make_notebook(title, 'Prose.', *[medium] * 3), make_notebook(title, 'Prose.', *[medium] * 4)),
+    'constants between': (on_cells(rules.check_prose), make_notebook(title, 'Prose.', '#| export\nx = 1', 'import a', medium),
+                          make_notebook(title, '#| export\nx = 1', 'import a', medium)),
     'no prose after a test': (on_cells(rules.check_prose), make_notebook(title, 'Prose.', medium, 'f()', 'Prose.', medium),
                               make_notebook(title, 'Prose.', medium, 'f()', '#| export\ndef g(): pass')),
     'unused': (on_cells(rules.check_used), make_notebook('#| export\ndef f(): pass', 'f()'), make_notebook('#| export\ndef f(): f()', 'g()')),
