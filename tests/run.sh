@@ -37,6 +37,6 @@ step 'notebooks' 1500 nbdev_test --n_workers "$((cores < 4 ? cores : 4))" --do_p
 if [ "${CI:-}" = true ]; then step 'the notebooks left nothing behind' 60 python tests/check_sync.py --committed; fi
 if [ ${#failed[@]} != 0 ]; then echo "failed before pytest: ${failed[*]}"; fi
 
-# Last, so that pytest's closing line is the last line. -rs prints each skipped test with its reason.
-timeout --kill-after=20 1500 python -m pytest tests -rs --durations=10 "${pytest_options[@]}" || failed+=('pytest')
+# Last, so that pytest's closing line is the last line. -rs prints each skipped test with its reason, fE each failure in one line.
+timeout --kill-after=20 1500 python -m pytest tests -rfEs --durations=10 "${pytest_options[@]}" || failed+=('pytest')
 [ ${#failed[@]} = 0 ]
