@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['MRC_HEADER', 'MRC_MODES', 'ROW_TOKEN', 'CTF_COLUMNS', 'POSE_COLUMNS', 'OPTICS_COLUMNS', 'RELION_COLUMNS',
-           'RELION_NUMBERS', 'RELION_TEXTS', 'RELION_OUTPUT', 'OPTICS_OUTPUT', 'CRYOSPARC_COLUMNS', 'CRYODRGN_CTF',
-           'READERS', 'STACK_SUFFIXES', 'MrcHeader', 'parse_mrc_header', 'read_mrc_header', 'read_sections',
-           'read_volume', 'make_mrc_header', 'write_volume', 'LazyStack', 'open_mrc_stack', 'write_stack', 'split_row',
-           'StarBlock', 'parse_star_block', 'read_star_blocks', 'write_star_blocks', 'parse_numbers', 'ParticleTable',
-           'StarSource', 'CryosparcSource', 'find_particle_block', 'join_optics', 'require_uniform',
-           'find_relion_pixel_size', 'split_image_names', 'describe_missing_poses', 'describe_missing_ctf',
-           'build_relion_rows', 'list_unmodelled_optics', 'read_relion', 'format_number', 'format_image_names',
-           'replace_relion_poses', 'replace_optics_size', 'replace_relion_pixel_size', 'make_star_block',
-           'build_relion_source', 'load_cryosparc', 'join_passthrough', 'read_cryosparc_numbers',
-           'build_cryosparc_rows', 'describe_missing_cryosparc_poses', 'read_cryosparc', 'replace_cryosparc_poses',
+           'RELION_LABELS', 'RELION_NUMBERS', 'RELION_TEXTS', 'RELION_OUTPUT', 'OPTICS_OUTPUT', 'CRYOSPARC_COLUMNS',
+           'CRYOSPARC_LABELS', 'CRYODRGN_CTF', 'CTF_EXTRAS', 'READERS', 'STACK_SUFFIXES', 'MrcHeader',
+           'parse_mrc_header', 'read_mrc_header', 'read_sections', 'read_volume', 'make_mrc_header', 'write_volume',
+           'LazyStack', 'open_mrc_stack', 'write_stack', 'split_row', 'StarBlock', 'parse_star_block',
+           'read_star_blocks', 'write_star_blocks', 'parse_numbers', 'ParticleTable', 'StarSource', 'CryosparcSource',
+           'find_particle_block', 'join_optics', 'require_uniform', 'find_relion_pixel_size', 'split_image_names',
+           'describe_missing_poses', 'describe_missing_ctf', 'build_relion_rows', 'list_unmodelled_optics',
+           'read_relion', 'format_number', 'format_image_names', 'make_pose_columns', 'replace_relion_columns',
+           'replace_optics_size', 'replace_relion_pixel_size', 'make_star_block', 'build_relion_source',
+           'load_cryosparc', 'join_passthrough', 'read_cryosparc_numbers', 'read_cryosparc_columns',
+           'describe_missing_cryosparc_poses', 'read_cryosparc', 'replace_cryosparc_columns',
            'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses', 'read_cryodrgn_ctf',
-           'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'read_columns_beside', 'find_box',
-           'check_suffix', 'read_particles', 'change_table', 'write_particles']
+           'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box', 'check_suffix',
+           'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'read_columns_beside',
+           'replace_source_columns', 'read_particles', 'change_table', 'write_particles']
 
 # %% ../nbs/20_files.ipynb #4c765611
 import os
@@ -204,6 +206,7 @@ class LazyStack:
         headers: Sequence[MrcHeader],  # one per file
         file_index: np.ndarray,  # (N,) which of the files
         slices: np.ndarray,  # (N,) section in that file, from 0
+        *,
         warnings: Sequence[str] = (),  # what a user should look at
     ):
         self.headers = tuple(headers)
@@ -236,12 +239,25 @@ class LazyStack:
         "Memory that all images would take as float32."
         return 4 * len(self) * self.box**2
 
-    def select(self, rows) -> "LazyStack":
-        "Return the stack of some rows: indices, a slice or a mask."
-        return LazyStack(self.headers, self.file_index[rows], self.slices[rows], self.warnings)
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices, or (N,) mask
+    ) -> "LazyStack":
+        "Return the stack of some images, in the order given; nothing is read."
+        return LazyStack(self.headers, self.file_index[rows], self.slices[rows], warnings=self.warnings)
+
+    def _list_rows(self, rows) -> np.ndarray:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool and rows.size == len(self) else rows.astype(np.int64)
+        outside = (rows < -len(self)) | (rows >= len(self))
+        if outside.any():
+            raise IndexError(f"row {rows[outside].flat[0]} of a stack of {len(self)} images")
+        return rows % len(self)
 
     def __getitem__(self, rows) -> np.ndarray:
-        wanted = np.arange(len(self))[rows]
+        wanted = self._list_rows(rows)
         flat = np.atleast_1d(wanted)
         images = np.empty((flat.size, self.box, self.box), np.float32)
         file_index, slices = self.file_index[flat], self.slices[flat]
@@ -265,9 +281,12 @@ def write_stack(
     path: str | Path,  # .mrcs
     images: np.ndarray | torch.Tensor | Iterable,  # (N, D, D), or chunks of (n, D, D) or (D, D)
     pixel_size: float,  # Å
-    dtype: np.dtype | str = np.float32,  # float32 or float16 halves the file
+    *,
+    dtype: np.dtype | str = np.float32,  # or float16, which halves the file
 ) -> int:  # number of images written
-    "Write images to an MRC stack, complete or not at all."
+    "Write images to an MRC stack, complete or not at all; raise `InputError` for NaN, or numbers too large for `dtype`."
+    if np.dtype(dtype) not in (np.float32, np.float16):
+        raise InputError(f"{path}: stacks are written as float32 or float16, not {np.dtype(dtype)}.")
     chunks = [images] if isinstance(images, np.ndarray | torch.Tensor) else images
     n, low, high, total, squares, shape = 0, np.inf, -np.inf, 0.0, 0.0, None
     with write_atomic(path) as temporary, temporary.open("wb") as file:
@@ -278,11 +297,13 @@ def write_stack(
             shape = shape or chunk.shape[1:]
             if chunk.ndim != 3 or chunk.shape[1:] != shape:
                 raise InputError(f"{path}: a chunk of images has shape {chunk.shape}, expected (n, {shape[0]}, {shape[-1]}).")
-            n += len(chunk)
             if chunk.size:
                 low, high = min(low, chunk.min()), max(high, chunk.max())
                 total += chunk.sum(dtype=np.float64)
                 squares += np.square(chunk, dtype=np.float64).sum()
+                if not np.isfinite(total) or max(-low, high) > np.finfo(dtype).max:
+                    raise InputError(f"{path}: images {n} to {n + len(chunk) - 1} hold NaN, infinity, or a number beyond {np.dtype(dtype).name}.")
+            n += len(chunk)
             file.write(np.ascontiguousarray(chunk, np.dtype(dtype).newbyteorder("<")).tobytes())
         if n == 0:
             raise InputError(f"{path}: no images to write.")
@@ -315,11 +336,15 @@ class StarBlock:
     tail: list[str]  # verbatim lines after the rows
     is_loop: bool = True  # else one row, written as label-value pairs
     path: str = ""  # for error messages
+    pairs: list[str] | None = None  # verbatim label-value lines, while nothing has changed them
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def locate(self, row: int) -> str:
+    def locate(
+        self,
+        row: int,  # from 0
+    ) -> str:
         "Say where a row is, for an error message."
         return f"{self.path} row {row} (line {self.numbers[row]})" if row < len(self.numbers) else f"{self.path} row {row}"
 
@@ -336,7 +361,10 @@ class StarBlock:
                 text.append(token[1:-1] if token[0] in "'\"" and token[-1] == token[0] and len(token) > 1 else token)
         return dict(zip(columns, texts, strict=True))
 
-    def select(self, rows: np.ndarray) -> Self:
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices
+    ) -> Self:
         "Return the block with some rows, in the order given."
         return replace(self, lines=[self.lines[i] for i in rows], numbers=[self.numbers[i] for i in rows])
 
@@ -352,12 +380,14 @@ class StarBlock:
                 tokens[places[column]] = f'"{text}"' if not text or any(c.isspace() for c in text) else text
             lines.append(" ".join(tokens))
         labels = [f"_{column} #{places[column] + 1}" for column in new] if self.is_loop else []
-        return replace(self, columns=tuple(places), lines=lines, head=self.head + labels)
+        return replace(self, columns=tuple(places), lines=lines, head=self.head + labels, pairs=None)
 
     def format(self) -> list[str]:
         "Return the lines of the block as they stand in a file."
-        pairs = [f"_{c} {v}" for line in self.lines for c, v in zip(self.columns, split_row(line), strict=True)]
-        return [*self.head, *(self.lines if self.is_loop else pairs), *self.tail]
+        rows = self.lines if self.is_loop else self.pairs
+        if rows is None:
+            rows = [f"_{c} {v}" for line in self.lines for c, v in zip(self.columns, split_row(line), strict=True)]
+        return [*self.head, *rows, *self.tail]
 
 # %% ../nbs/20_files.ipynb #10940e84
 def parse_star_block(
@@ -395,7 +425,8 @@ def parse_star_block(
             raise InputError(f"{path}: column {column} stands twice in data_{name}; remove one.")
     row_lines = [lines[i] for i in rows] if is_loop else [" ".join(pairs)] if pairs else []
     numbers = [first + i for i in rows] if is_loop else [first + head_end] * len(row_lines)
-    return StarBlock(name, tuple(columns), row_lines, numbers, lines[:head_end], lines[tail_start:], is_loop, path)
+    verbatim = lines[head_end:tail_start] if pairs else None
+    return StarBlock(name, tuple(columns), row_lines, numbers, lines[:head_end], lines[tail_start:], is_loop, path, verbatim)
 
 # %% ../nbs/20_files.ipynb #d9005c53
 def read_star_blocks(
@@ -509,8 +540,11 @@ class ParticleTable:
         names = [*CTF_COLUMNS, *(c for c in ("phase_shift", "bfactor", "scale") if c in self.rows)]
         return CTFParams.from_values(len(self.rows), **{c: torch.as_tensor(self.rows[c].to_numpy(np.float64, copy=True)) for c in names})
 
-    def select(self, rows: np.ndarray) -> "ParticleTable":
-        "Return the table of some rows (indices or a mask), in the order given; `particle` keeps its numbers."
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices, or (N,) mask
+    ) -> "ParticleTable":
+        "Return the table of some rows, in the order given; `particle` keeps its numbers."
         rows = np.arange(self.n_images)[np.asarray(rows)]
         source = self.source.select(rows) if self.source is not None else None
         return replace(self, rows=self.rows.iloc[rows].reset_index(drop=True), source=source)
@@ -529,11 +563,18 @@ class StarSource:
         "The block with the images."
         return self.blocks[self.particles]
 
-    def replace_block(self, index: int, block: StarBlock) -> "StarSource":
+    def replace_block(
+        self,
+        index: int,  # of the block, from 0
+        block: StarBlock,  # to put there
+    ) -> "StarSource":
         "Return the source with one block exchanged."
         return replace(self, blocks=(*self.blocks[:index], block, *self.blocks[index + 1 :]))
 
-    def select(self, rows: np.ndarray) -> "StarSource":
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices
+    ) -> "StarSource":
         "Return the source with some of the particles; every other block stays."
         return self.replace_block(self.particles, self.table.select(rows))
 
@@ -544,7 +585,10 @@ class CryosparcSource:
 
     records: np.ndarray  # (N,) structured
 
-    def select(self, rows: np.ndarray) -> "CryosparcSource":
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices
+    ) -> "CryosparcSource":
         "Return the source with some of the particles."
         return CryosparcSource(self.records[rows])
 
@@ -608,6 +652,7 @@ def require_uniform(
     values: np.ndarray,  # (N,) one per image
     name: str,  # what it is, for error messages
     locate: Callable[[int], str],  # row to its place in the file
+    *,
     unit: str = "",  # for error messages
 ) -> float:
     "Return the value that all images share; raise `InputError` naming the first row that differs."
@@ -632,10 +677,11 @@ def find_relion_pixel_size(
             magnification = np.full_like(numbers["rlnDetectorPixelSize"], 1e4)
             if not candidates:
                 warnings.append("rlnMagnification is missing: rlnDetectorPixelSize is taken for the pixel size in Å")
-        candidates["rlnDetectorPixelSize / rlnMagnification"] = numbers["rlnDetectorPixelSize"] * 1e4 / magnification
+        with np.errstate(divide="ignore", invalid="ignore"):
+            candidates["rlnDetectorPixelSize / rlnMagnification"] = numbers["rlnDetectorPixelSize"] * 1e4 / magnification
     if "rlnPixelSize" in numbers:
         candidates["rlnPixelSize"] = numbers["rlnPixelSize"]
-    sizes = {name: require_uniform(values, f"pixel size ({name})", locate, " Å") for name, values in candidates.items()}
+    sizes = {name: require_uniform(values, f"pixel size ({name})", locate, unit=" Å") for name, values in candidates.items()}
     if not sizes:
         return None, warnings
     (name, size), *others = sizes.items()
@@ -670,6 +716,7 @@ RELION_COLUMNS = {
     "rlnAmplitudeContrast": "amplitude_contrast", "rlnCtfBfactor": "bfactor", "rlnCtfScalefactor": "scale",
     "rlnRandomSubset": "half",
 }  # numbers that carry over unchanged
+RELION_LABELS = {name: label for label, name in RELION_COLUMNS.items()}
 RELION_NUMBERS = (
     *RELION_COLUMNS, "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY", "rlnImagePixelSize",
     "rlnDetectorPixelSize", "rlnMagnification", "rlnPixelSize", "rlnImageSize", "rlnImageDimensionality",
@@ -711,6 +758,7 @@ def describe_missing_ctf(
 def build_relion_rows(
     texts: dict[str, list[str]],  # label to one text per image, optics joined
     numbers: dict[str, np.ndarray],  # label to one number per image, optics joined
+    *,
     pixel_size: float,  # Å
     locate: Callable[[int], str],  # row to its place in the file
 ) -> tuple["pandas.DataFrame", list[str]]:  # rows of a ParticleTable; warnings
@@ -785,17 +833,16 @@ def read_relion(
     if pixel_size is not None and found is not None and abs(pixel_size - found) > 0.01 * found:
         warnings.append(f"pixel size {pixel_size:g} Å was given; the file says {found:g} Å")
     pixel_size = pixel_size or found
-    rows, more = build_relion_rows(texts, numbers, pixel_size, table.locate)
-    labels = {name: label for label, name in RELION_COLUMNS.items()}
+    rows, more = build_relion_rows(texts, numbers, pixel_size=pixel_size, locate=table.locate)
     reasons = {"poses": describe_missing_poses(texts, path)}
-    reasons["ctf"] = describe_missing_ctf(rows.columns, labels, path) if with_ctf else None
+    reasons["ctf"] = describe_missing_ctf(rows.columns, RELION_LABELS, path) if with_ctf else None
     if reasons["ctf"] and "defocus_u" in rows:
         more.append(reasons["ctf"])
     flags = numbers.get("rlnCtfDataAreCtfPremultiplied", np.zeros(1))
     box = numbers.get("rlnImageSize")
     return ParticleTable(
         rows=rows, pixel_size=float(pixel_size),
-        box=None if box is None else int(require_uniform(box, "rlnImageSize", table.locate, " px")),
+        box=None if box is None else int(require_uniform(box, "rlnImageSize", table.locate, unit=" px")),
         premultiplied=bool(require_uniform(flags, "rlnCtfDataAreCtfPremultiplied", table.locate)),
         source=source, path=path, warnings=(*warnings, *more, *list_unmodelled_optics(blocks[optics[0]] if optics else None)),
         missing={k: v for k, v in reasons.items() if v},
@@ -808,7 +855,7 @@ def format_number(
     "Format a number without losing a bit."
     return repr(float(value))
 
-
+# %% ../nbs/20_files.ipynb #7db49979
 def format_image_names(
     stacks: Sequence[str],  # one per image
     slices: Sequence[int],  # section, from 0
@@ -817,24 +864,47 @@ def format_image_names(
     return [f"{int(i) + 1:06d}@{stack}" for i, stack in zip(slices, stacks, strict=True)]
 
 # %% ../nbs/20_files.ipynb #665673a0
-def replace_relion_poses(
-    source: StarSource,  # with as many rows as poses
+def make_pose_columns(
     poses: Poses,  # N images
+) -> dict[str, np.ndarray]:  # pose columns of a ParticleTable
+    "Turn poses into Euler angles (degrees) and shifts (Å), in double precision."
+    angles = [a.numpy() for a in matrix_to_euler(poses.rot.detach().double().cpu())]
+    shift = poses.shift.detach().double().cpu().numpy()
+    return dict(zip(POSE_COLUMNS, (*angles, shift[:, 0], shift[:, 1]), strict=True))
+
+# %% ../nbs/20_files.ipynb #6676bed2
+def replace_relion_columns(
+    source: StarSource,  # with as many rows as the columns
+    columns: dict[str, np.ndarray],  # pose or CTF columns of a ParticleTable
     pixel_size: float,  # Å, for origins in pixels
 ) -> StarSource:
-    "Set angles and origins; origins are written in whichever of Å and px the file uses, or both."
-    euler = torch.stack(matrix_to_euler(poses.rot.double().cpu()), -1).numpy()
-    shift = poses.shift.double().cpu().numpy()
-    columns = source.table.columns
-    values = {f"rlnAngle{name}": euler[:, i] for i, name in enumerate(("Rot", "Tilt", "Psi"))}
-    in_px = "rlnOriginX" in columns or (source.optics is None and "rlnOriginXAngst" not in columns)
-    for i, axis in enumerate("XY"):
-        if in_px:
-            values[f"rlnOrigin{axis}"] = shift[:, i] / pixel_size
-        if "rlnOriginXAngst" in columns or not in_px:
-            values[f"rlnOrigin{axis}Angst"] = shift[:, i]
-    texts = {column: [format_number(v) for v in numbers] for column, numbers in values.items()}
-    return source.replace_block(source.particles, source.table.replace_columns(texts))
+    """Set poses or CTF in a star file's own columns.
+
+    Origins are written in whichever of Å and px the file uses, or both. A microscope constant that stands in the optics
+    table is set there; raises `InputError` where the images of one optics group differ in it.
+    """
+    table, optics = source.table, source.blocks[source.optics] if source.optics is not None else None
+    values = {RELION_LABELS[name]: numbers for name, numbers in columns.items() if name in RELION_LABELS}
+    in_px = "rlnOriginX" in table.columns or (optics is None and "rlnOriginXAngst" not in table.columns)
+    for name, axis in (("shift_x", "X"), ("shift_y", "Y")):
+        if name in columns and in_px:
+            values[f"rlnOrigin{axis}"] = columns[name] / pixel_size
+        if name in columns and ("rlnOriginXAngst" in table.columns or not in_px):
+            values[f"rlnOrigin{axis}Angst"] = columns[name]
+    for label in [c for c in OPTICS_COLUMNS if c in values and optics is not None and c in optics.columns]:
+        numbers = values.pop(label)
+        groups = np.zeros(len(table), np.int64)
+        if "rlnOpticsGroup" in optics.columns and "rlnOpticsGroup" in table.columns:
+            place = {group: i for i, group in enumerate(optics.read_columns(["rlnOpticsGroup"])["rlnOpticsGroup"])}
+            groups = np.array([place[group] for group in table.read_columns(["rlnOpticsGroup"])["rlnOpticsGroup"]])
+        texts = optics.read_columns([label])[label]
+        for group in np.unique(groups):
+            member = np.flatnonzero(groups == group)
+            texts[group] = format_number(require_uniform(numbers[member], label, lambda i, rows=member: table.locate(rows[i])))
+        optics = optics.replace_columns({label: texts})
+        source = source.replace_block(source.optics, optics)
+    texts = {label: [format_number(v) for v in numbers] for label, numbers in values.items()}
+    return source.replace_block(source.particles, table.replace_columns(texts)) if texts else source
 
 # %% ../nbs/20_files.ipynb #e28f05e1
 def replace_optics_size(
@@ -858,6 +928,7 @@ def replace_optics_size(
 # %% ../nbs/20_files.ipynb #5df9a904
 def replace_relion_pixel_size(
     source: StarSource,  # to be changed
+    *,
     pixel_size: float,  # Å, new
     old_pixel_size: float,  # Å, what origins in pixels were measured in
     box: int | None,  # px, new; None leaves it
@@ -892,7 +963,7 @@ RELION_OUTPUT = {
 }
 OPTICS_OUTPUT = {"rlnVoltage": "voltage", "rlnSphericalAberration": "cs", "rlnAmplitudeContrast": "amplitude_contrast"}
 
-
+# %% ../nbs/20_files.ipynb #76ab8694
 def make_star_block(
     name: str,  # of the block
     values: dict[str, Sequence],  # label to one value per row
@@ -957,6 +1028,7 @@ def load_cryosparc(
 def join_passthrough(
     records: np.ndarray,  # (N,) structured, of the main file
     other: np.ndarray,  # (K,) structured, of the companion
+    *,
     path: Path,  # of the main file, for error messages
     other_path: Path,  # of the companion
 ) -> np.ndarray:  # (N,) structured, with the fields of both
@@ -984,6 +1056,7 @@ CRYOSPARC_COLUMNS = {
     "ctf/phase_shift_rad": "phase_shift", "ctf/accel_kv": "voltage", "ctf/cs_mm": "cs",
     "ctf/amp_contrast": "amplitude_contrast", "ctf/bfactor": "bfactor", "ctf/scale": "scale",
 }
+CRYOSPARC_LABELS = {column: name for name, column in CRYOSPARC_COLUMNS.items()}
 
 
 def read_cryosparc_numbers(
@@ -999,33 +1072,31 @@ def read_cryosparc_numbers(
     return values
 
 # %% ../nbs/20_files.ipynb #eb5bac67
-def build_cryosparc_rows(
-    records: np.ndarray,  # (N,) structured, with blob/path and blob/idx
+def read_cryosparc_columns(
+    records: np.ndarray,  # (N,) structured
     path: Path,  # for error messages
-    scale: float,  # given pixel size over blob/psize_A
-) -> "pandas.DataFrame":  # rows of a ParticleTable
-    "Translate cryoSPARC's fields into our columns."
-    import pandas
-
-    names = records.dtype.names
-    known = {p: p.decode("utf-8").lstrip(">") for p in np.unique(records["blob/path"])}
-    rows = {"stack": [known[p] for p in records["blob/path"]], "slice": records["blob/idx"].astype(np.int64)}
+    *,
+    pixel_size: float,  # Å, of shifts where the file has no alignments3D/psize_A
+    scale: float = 1.0,  # given pixel size over that of the file
+) -> dict[str, np.ndarray]:  # pose and CTF columns of a ParticleTable
+    "Translate cryoSPARC's CTF and 3-D alignment, as far as they are there."
+    names, columns = records.dtype.names, {}
     for name, column in CRYOSPARC_COLUMNS.items():
         if name in names:
             values = read_cryosparc_numbers(records, name, path)
-            rows[column] = np.rad2deg(values) if name.endswith("_rad") else values
-    if "alignments3D/pose" in names:
+            columns[column] = np.rad2deg(values) if name.endswith("_rad") else values
+    if "alignments3D/pose" in names and "alignments3D/shift" in names:
         rotvec = torch.from_numpy(read_cryosparc_numbers(records, "alignments3D/pose", path))
         angles = matrix_to_euler(convert_cryosparc_pose(rotvec))
-        rows |= {f"euler_{a}": values.numpy() for a, values in zip(("rot", "tilt", "psi"), angles, strict=True)}
-        unit = "alignments3D/psize_A" if "alignments3D/psize_A" in names else "blob/psize_A"
-        shift = read_cryosparc_numbers(records, "alignments3D/shift", path)
-        shift *= read_cryosparc_numbers(records, unit, path)[:, None] * scale
-        rows |= {"shift_x": shift[:, 0], "shift_y": shift[:, 1]}
-    rows["particle"] = np.arange(len(records))
+        columns |= {name: values.numpy() for name, values in zip(POSE_COLUMNS[:3], angles, strict=True)}
+        unit = np.full(len(records), pixel_size)
+        if "alignments3D/psize_A" in names:
+            unit = read_cryosparc_numbers(records, "alignments3D/psize_A", path) * scale
+        shift = read_cryosparc_numbers(records, "alignments3D/shift", path) * unit[:, None]
+        columns |= {"shift_x": shift[:, 0], "shift_y": shift[:, 1]}
     if "alignments3D/split" in names:
-        rows["half"] = records["alignments3D/split"].astype(np.int64) + 1
-    return pandas.DataFrame(rows)
+        columns["half"] = records["alignments3D/split"].astype(np.int64) + 1
+    return columns
 
 # %% ../nbs/20_files.ipynb #871f360e
 def describe_missing_cryosparc_poses(
@@ -1052,23 +1123,27 @@ def read_cryosparc(
     "Read the particles of a cryoSPARC cs file."
     path, records = Path(path), load_cryosparc(path)
     if passthrough is not None:
-        records = join_passthrough(records, load_cryosparc(passthrough), path, Path(passthrough))
+        records = join_passthrough(records, load_cryosparc(passthrough), path=path, other_path=Path(passthrough))
+    import pandas
+
     names = records.dtype.names
     absent = [name for name in ("blob/path", "blob/idx", "blob/psize_A") if name not in names]
     if absent:
         raise InputError(f"{path}: fields {', '.join(absent)} are missing; give the job's passthrough particles file with --passthrough.")
     locate = "{} row {}".format
-    found = require_uniform(read_cryosparc_numbers(records, "blob/psize_A", path), "blob/psize_A", lambda row: locate(path, row), " Å")
+    found = require_uniform(read_cryosparc_numbers(records, "blob/psize_A", path), "blob/psize_A", lambda row: locate(path, row), unit=" Å")
     warnings = []
     if pixel_size is not None and abs(pixel_size - found) > 0.01 * found:
         warnings.append(f"pixel size {pixel_size:g} Å was given; the file says {found:g} Å")
-    rows = build_cryosparc_rows(records, path, (pixel_size or found) / found)
-    labels = {column: name for name, column in CRYOSPARC_COLUMNS.items()}
+    columns = read_cryosparc_columns(records, path, pixel_size=pixel_size or found, scale=(pixel_size or found) / found)
     reasons = {"poses": describe_missing_cryosparc_poses(names, path)}
-    reasons["ctf"] = describe_missing_ctf(rows.columns, labels, path) if with_ctf else None
+    reasons["ctf"] = describe_missing_ctf(columns, CRYOSPARC_LABELS, path) if with_ctf else None
+    stacks = {p: p.decode("utf-8").lstrip(">") for p in np.unique(records["blob/path"])}
+    rows = {"stack": [stacks[p] for p in records["blob/path"]], "slice": records["blob/idx"].astype(np.int64)}
+    rows = pandas.DataFrame(rows | columns | {"particle": np.arange(len(records))})
     box = sign = None
     if "blob/shape" in names:
-        box = int(require_uniform(records["blob/shape"].astype(float).max(axis=1), "blob/shape", lambda row: locate(path, row), " px"))
+        box = int(require_uniform(records["blob/shape"].astype(float).max(axis=1), "blob/shape", lambda row: locate(path, row), unit=" px"))
     if "blob/sign" in names:
         sign = int(require_uniform(np.sign(records["blob/sign"]), "blob/sign", lambda row: locate(path, row))) or None
     aberrations = [n for n in ("ctf/tilt_A", "ctf/trefoil_A", "ctf/tetra_A", "ctf/shift_A", "ctf/anisomag") if n in names and records[n].any()]
@@ -1080,23 +1155,31 @@ def read_cryosparc(
     )
 
 # %% ../nbs/20_files.ipynb #ba85eb73
-def replace_cryosparc_poses(
-    source: CryosparcSource,  # with as many rows as poses
-    poses: Poses,  # N images
-    pixel_size: float,  # Å
+def replace_cryosparc_columns(
+    source: CryosparcSource,  # with as many rows as the columns
+    columns: dict[str, np.ndarray],  # pose or CTF columns of a ParticleTable
+    pixel_size: float,  # Å, of new shifts where the file has no alignments3D/psize_A
 ) -> CryosparcSource:
-    "Set `alignments3D/pose` and `alignments3D/shift`, adding the fields where they are absent."
-    records = source.records
-    new = [("alignments3D/shift", "<f4", (2,)), ("alignments3D/pose", "<f4", (3,)), ("alignments3D/psize_A", "<f4")]
-    new = [d for d in new if d[0] not in records.dtype.names]
+    "Set poses or CTF in a cs file's own fields, adding those that are absent."
+    records, values = source.records, {}
+    for column, numbers in columns.items():
+        if column in CRYOSPARC_LABELS:
+            name = CRYOSPARC_LABELS[column]
+            values[name] = np.deg2rad(numbers) if name.endswith("_rad") else numbers
+    if "euler_rot" in columns:
+        rot = euler_to_matrix(*(torch.as_tensor(np.array(columns[c], np.float64)) for c in POSE_COLUMNS[:3]))
+        values["alignments3D/pose"] = matrix_to_rotvec(rot.mT).numpy()
+        unit = np.full(len(records), pixel_size, np.float32)
+        if "alignments3D/psize_A" in records.dtype.names:
+            unit = records["alignments3D/psize_A"]
+        values["alignments3D/psize_A"] = unit
+        values["alignments3D/shift"] = np.stack([columns["shift_x"], columns["shift_y"]], 1) / unit[:, None].astype(np.float64)
+    new = [(name, "<f4", v.shape[1:]) for name, v in values.items() if name not in records.dtype.names]
     changed = np.zeros(len(records), np.dtype(records.dtype.descr + new))
     for name in records.dtype.names:
         changed[name] = records[name]
-    if "alignments3D/psize_A" in [d[0] for d in new]:
-        changed["alignments3D/psize_A"] = pixel_size
-    unit = changed["alignments3D/psize_A"].astype(np.float64)[:, None]
-    changed["alignments3D/pose"] = matrix_to_rotvec(poses.rot.double().cpu().mT).numpy()
-    changed["alignments3D/shift"] = poses.shift.double().cpu().numpy() / unit
+    for name, numbers in values.items():
+        changed[name] = numbers
     return CryosparcSource(changed)
 
 # %% ../nbs/20_files.ipynb #1af70650
@@ -1104,7 +1187,7 @@ def replace_cryosparc_images(
     source: CryosparcSource,  # to be changed
     *,
     names: Sequence[str] | None = None,  # stack of every image
-    slices: np.ndarray | None = None,  # section of every image, from 0
+    slices: np.ndarray | None = None,  # (N,) section of every image, from 0
     pixel_size: float | None = None,  # Å, new
     box: int | None = None,  # px, new
 ) -> CryosparcSource:
@@ -1263,12 +1346,13 @@ def open_stack(
         raise InputError(f"{first.path}: images of {first.shape[2]} px, but {table.path or 'the table'} says {table.box} px; the stack does not belong to this file, or was binned without updating it.")
     if first.pixel_size is not None and abs(first.pixel_size - table.pixel_size) > 0.01 * table.pixel_size:
         warnings.append(f"pixel size {table.pixel_size:g} Å is used; the header of {first.path.name} says {first.pixel_size:g} Å")
-    return LazyStack(headers, file_index, table.rows["slice"].to_numpy(), warnings)
+    return LazyStack(headers, file_index, table.rows["slice"].to_numpy(), warnings=warnings)
 
 # %% ../nbs/20_files.ipynb #7fddbf0a
 def read_bare_stack(
     path: str | Path,  # .mrcs, .mrc, or .txt with one stack per line
     pixel_size: float | None = None,  # Å; overrides the header
+    datadir: str | Path | None = None,  # where else the listed stacks may lie
 ) -> ParticleTable:
     "Make a table of every image of one or many stacks, in order, without poses and CTF."
     import pandas
@@ -1281,7 +1365,7 @@ def read_bare_stack(
         names = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
         if not names:
             raise InputError(f"{path}: lists no stacks; write one path per line.")
-    paths = resolve_stack_paths(list(dict.fromkeys(names)), path.parent)
+    paths = resolve_stack_paths(list(dict.fromkeys(names)), path.parent, datadir)
     headers = [read_mrc_header(paths[name]) for name in names]
     counts = [header.shape[0] for header in headers]
     rows = {"stack": np.repeat(names, counts), "slice": np.concatenate([np.arange(n) for n in counts])}
@@ -1298,39 +1382,13 @@ def read_bare_stack(
     )
 
 # %% ../nbs/20_files.ipynb #1bd754e1
-def read_columns_beside(
-    path: str | Path,  # .star, .cs or .pkl
-    kind: str,  # 'poses' or 'ctf'
-    table: ParticleTable,  # that the columns are for
-) -> dict[str, np.ndarray]:  # columns of a ParticleTable
-    "Read poses or CTF from a second file and check that its rows are the images of the table."
-    path = Path(path)
-    if path.suffix == ".pkl":
-        if kind == "ctf":
-            columns = read_cryodrgn_ctf(path)
-            view, ours = (columns.pop("box") * columns.pop("pixel_size"))[0], find_box(table) * table.pixel_size
-            if abs(view - ours) > 0.01 * ours:
-                raise InputError(f"{path}: its images are {view:g} Å wide, those of {table.path} {ours:g} Å; give the CTF of these images, or --pixel-size.")
-        else:
-            columns = read_cryodrgn_poses(path, find_box(table) * table.pixel_size)
-    else:
-        other = READERS[check_suffix(path, READERS)](path, pixel_size=table.pixel_size, with_ctf=kind == "ctf")
-        _ = other.get_ctf() if kind == "ctf" else other.get_poses()
-        names = [*CTF_COLUMNS, "phase_shift", "bfactor", "scale"] if kind == "ctf" else [*POSE_COLUMNS, "half"]
-        columns = {name: other.rows[name].to_numpy() for name in names if name in other.rows}
-    n = len(next(iter(columns.values())))
-    if n != table.n_images:
-        raise InputError(f"{path}: {n} rows, but {table.path} has {table.n_images} images; they must correspond row for row.")
-    return columns
-
-# %% ../nbs/20_files.ipynb #fe69b1b2
 def find_box(
     table: ParticleTable,  # of any origin
 ) -> int:  # px
     "Return the box of a table's images, from the stack's header where the file does not say."
     return table.box if table.box is not None else open_stack(table.select([0])).box
 
-
+# %% ../nbs/20_files.ipynb #80383ef3
 def check_suffix(
     path: Path,  # of the file
     known: Iterable[str],  # extensions that are accepted
@@ -1339,6 +1397,81 @@ def check_suffix(
     if path.suffix not in known:
         raise InputError(f"{path}: files of type '{path.suffix}' are not read.{suggest_names(path.suffix, known)}")
     return path.suffix
+
+# %% ../nbs/20_files.ipynb #73fc23e8
+CTF_EXTRAS = {"phase_shift": 0.0, "bfactor": 0.0, "scale": 1.0}  # optional, and what their absence means
+
+# %% ../nbs/20_files.ipynb #e5cf96f4
+def read_cryosparc_beside(
+    path: Path,  # .cs, perhaps without blob fields
+    kind: str,  # 'poses' or 'ctf'
+    table: ParticleTable,  # that the columns are for
+) -> dict[str, np.ndarray]:  # columns of a ParticleTable
+    "Read poses or CTF from a cs file; joined by uid where the table is of cryoSPARC too."
+    records = load_cryosparc(path)
+    if isinstance(table.source, CryosparcSource) and "uid" in table.source.records.dtype.names and "uid" in records.dtype.names:
+        records = join_passthrough(table.source.records[["uid"]], records, path=table.path, other_path=path)
+    names = records.dtype.names
+    columns = read_cryosparc_columns(records, path, pixel_size=table.pixel_size)
+    reason = describe_missing_ctf(columns, CRYOSPARC_LABELS, path) if kind == "ctf" else describe_missing_cryosparc_poses(names, path)
+    if reason:
+        raise InputError(reason)
+    return columns
+
+# %% ../nbs/20_files.ipynb #cdcaef70
+def read_relion_beside(
+    path: Path,  # .star
+    kind: str,  # 'poses' or 'ctf'
+    table: ParticleTable,  # that the columns are for
+) -> dict[str, np.ndarray]:  # columns of a ParticleTable
+    "Read poses or CTF from a star file, row for row."
+    other = read_relion(path, pixel_size=table.pixel_size, with_ctf=kind == "ctf")
+    _ = other.get_ctf() if kind == "ctf" else other.get_poses()
+    return {name: other.rows[name].to_numpy() for name in other.rows}
+
+# %% ../nbs/20_files.ipynb #ca7245c7
+def read_cryodrgn_beside(
+    path: Path,  # .pkl
+    kind: str,  # 'poses' or 'ctf'
+    table: ParticleTable,  # that the columns are for
+) -> dict[str, np.ndarray]:  # columns of a ParticleTable
+    "Read poses or CTF from a cryoDRGN pickle, row for row."
+    field_of_view = find_box(table) * table.pixel_size
+    if kind == "poses":
+        return read_cryodrgn_poses(path, field_of_view)
+    columns = read_cryodrgn_ctf(path)
+    theirs = require_uniform(columns["box"] * columns["pixel_size"], "width of the images", lambda row: f"{path} row {row}", unit=" Å")
+    if abs(theirs - field_of_view) > 0.01 * field_of_view:
+        raise InputError(f"{path}: its images are {theirs:g} Å wide, those of {table.path} {field_of_view:g} Å; give the CTF of these images, or --pixel-size.")
+    return columns
+
+# %% ../nbs/20_files.ipynb #6d92016e
+def read_columns_beside(
+    path: str | Path,  # .star, .cs or .pkl
+    kind: str,  # 'poses' or 'ctf'
+    table: ParticleTable,  # that the columns are for
+) -> dict[str, np.ndarray]:  # columns of a ParticleTable
+    "Read poses or CTF from a second file; raise `InputError` where its rows cannot be the images of the table."
+    path = Path(path)
+    readers = {".star": read_relion_beside, ".cs": read_cryosparc_beside, ".pkl": read_cryodrgn_beside}
+    columns = readers[check_suffix(path, readers)](path, kind, table)
+    wanted, extras = (CTF_COLUMNS, CTF_EXTRAS) if kind == "ctf" else (POSE_COLUMNS, {})
+    n = len(columns[wanted[0]])
+    if n != table.n_images:
+        raise InputError(f"{path}: {n} rows, but {table.path} has {table.n_images} images; they must correspond row for row.")
+    neutral = {name: np.full(n, value) for name, value in extras.items() if name in table.rows}
+    return neutral | {name: columns[name] for name in (*wanted, *extras) if name in columns}
+
+# %% ../nbs/20_files.ipynb #6e03374a
+def replace_source_columns(
+    source: StarSource | CryosparcSource | None,  # of a table
+    columns: dict[str, np.ndarray],  # pose or CTF columns of a ParticleTable
+    pixel_size: float,  # Å
+) -> StarSource | CryosparcSource | None:
+    "Set poses or CTF in whatever the table came from."
+    if isinstance(source, StarSource):
+        return replace_relion_columns(source, columns, pixel_size)
+    return replace_cryosparc_columns(source, columns, pixel_size) if source is not None else None
 
 # %% ../nbs/20_files.ipynb #3fd9f3d2
 READERS = {".star": read_relion, ".cs": read_cryosparc}
@@ -1361,7 +1494,7 @@ def read_particles(
     """
     path = Path(path)
     suffix = check_suffix(path, (*READERS, *STACK_SUFFIXES))
-    options = {"with_ctf": ctf is None} if suffix in READERS else {}
+    options = {"with_ctf": ctf is None} if suffix in READERS else {"datadir": datadir}
     if passthrough is not None:
         if suffix != ".cs":
             raise InputError(f"{path}: --passthrough belongs to a .cs file.")
@@ -1372,7 +1505,8 @@ def read_particles(
         if beside is not None:
             columns = read_columns_beside(beside, kind, table)
             missing = {k: v for k, v in table.missing.items() if k != kind}
-            table = replace(table, rows=table.rows.assign(**columns), missing=missing)
+            source = replace_source_columns(table.source, columns, table.pixel_size)
+            table = replace(table, rows=table.rows.assign(**columns), missing=missing, source=source)
     return table
 
 # %% ../nbs/20_files.ipynb #12c2f919
@@ -1390,19 +1524,15 @@ def change_table(
     if pixel_size is not None or box is not None:
         table = replace(table, pixel_size=pixel_size or old, box=box or table.box)
         if isinstance(source, StarSource):
-            source = replace_relion_pixel_size(source, table.pixel_size, old, box)
+            source = replace_relion_pixel_size(source, pixel_size=table.pixel_size, old_pixel_size=old, box=box)
         elif source is not None:
             source = replace_cryosparc_images(source, pixel_size=pixel_size, box=box)
     if poses is not None:
         if len(poses) != table.n_images:
             raise InputError(f"{len(poses)} poses for {table.n_images} images.")
-        angles = matrix_to_euler(poses.rot.double().cpu())
-        rows = rows.assign(**{c: a.numpy() for c, a in zip(POSE_COLUMNS[:3], angles, strict=True)})
-        rows = rows.assign(shift_x=poses.shift[:, 0].double().cpu().numpy(), shift_y=poses.shift[:, 1].double().cpu().numpy())
+        columns = make_pose_columns(poses)
+        rows, source = rows.assign(**columns), replace_source_columns(source, columns, table.pixel_size)
         missing.pop("poses", None)
-        if source is not None:
-            change = replace_relion_poses if isinstance(source, StarSource) else replace_cryosparc_poses
-            source = change(source, poses, table.pixel_size)
     if stack is not None:
         names = format_image_names([stack] * len(rows), range(len(rows))) if isinstance(stack, str) else list(stack)
         stacks, slices = split_image_names(names, lambda row: f"stack name {row}")
@@ -1417,7 +1547,7 @@ def change_table(
 def write_particles(
     path: str | Path,  # .star, or .cs for a table that came from one
     table: ParticleTable,  # to be written
-    rows: np.ndarray | None = None,  # indices or mask of the images to write; all by default
+    rows: np.ndarray | None = None,  # (n,) indices or (N,) mask of the images to write; all by default
     *,
     poses: Poses | None = None,  # new poses of the images that are written
     stack: str | Sequence[str] | None = None,  # new stack, as in `change_table`
