@@ -85,7 +85,7 @@ class ParticleStack:
 
     def select(
         self,
-        chosen: Selection | Sequence[int] | Tensor,  # particles
+        chosen: Selection | Sequence[int] | Tensor,  # (p,) particles
     ) -> "ParticleStack":
         "Return the stack of some particles, all their images included; raise `InputError` for a particle that is not here."
         if isinstance(chosen, Selection):
@@ -255,20 +255,29 @@ class ParticleDataset:
             cache[part] = self.compute_coefficients(part)
         return cache
 
-    def compute_coefficients(self, index: Tensor) -> Tensor:
-        "Read images (n,) and return their coefficients (n, M) complex64."
+    def compute_coefficients(
+        self,
+        index: Tensor,  # (n,) int64, images 0 to N-1
+    ) -> Tensor:  # (n, M) complex64
+        "Read images and return their standardised coefficients."
         return self.lattice.gather(self._center(self._read(index)) * self.window) / self.scale
 
-    def find_rows(self, particles: Tensor) -> Tensor:
-        "Return the place (B,) of particles in `self.particles`; raise `InputError` for one that is not here."
+    def find_rows(
+        self,
+        particles: Tensor,  # (B,) int64
+    ) -> Tensor:  # (B,) int64, 0 to P-1
+        "Return the place of particles in `self.particles`; raise `InputError` for one that is not here."
         rows = torch.searchsorted(self.particles, particles).clamp(max=self.n_particles - 1)
         wrong = self.particles[rows] != particles
         if wrong.any():
             raise InputError(f"Particle {int(particles[wrong][0])} is not in this data set of {self.n_particles} particles.")
         return rows
 
-    def get_batch(self, particles: Tensor) -> Batch:
-        "Return particles (B,) as a `Batch` with T = the largest number of images among them."
+    def get_batch(
+        self,
+        particles: Tensor,  # (B,) int64
+    ) -> Batch:
+        "Return particles as a `Batch` with T = the largest number of images among them."
         rows = self.find_rows(torch.as_tensor(particles, dtype=torch.int64))
         tilts = torch.arange(int(self.counts[rows].max()))
         valid = tilts < self.counts[rows, None]

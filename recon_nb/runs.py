@@ -379,6 +379,12 @@ class RunFolder:
             raise RunError(f"{self.path}/config.json cannot be read ({error}).") from error
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        "What the run depends on beside its settings, read from inputs.json."
+        path = self.path / "inputs.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
     def checkpoints(self) -> list[tuple[int, int]]:
         "(epoch, step) of every checkpoint, oldest first; step is 0 at the end of an epoch."
         return list_checkpoints(self.path / "checkpoints")
@@ -388,7 +394,12 @@ class RunFolder:
         "Epochs at whose end a checkpoint was kept."
         return [epoch for epoch, step in self.checkpoints if step == 0]
 
-    def save_checkpoint(self, checkpoint: Checkpoint, *, keep_last: int = 0) -> Path:
+    def save_checkpoint(
+        self,
+        checkpoint: Checkpoint,  # what to keep
+        *,
+        keep_last: int = 0,  # number of epochs whose checkpoints stay; 0 for all
+    ) -> Path:  # its folder
         "Write a checkpoint, then drop those within an epoch before it and, if asked, all but the last few."
         folder = self.path / "checkpoints"
         written = write_checkpoint(folder, checkpoint)
@@ -416,7 +427,12 @@ class RunFolder:
         "Read the latents of an epoch, or the latest ones."
         return Latents(**load_arrays(self.path / "latents", epoch))
 
-    def save_poses(self, epoch: int, poses: Poses, source_row: Tensor) -> None:
+    def save_poses(
+        self,
+        epoch: int,  # completed epochs
+        poses: Poses,  # (N,)
+        source_row: Tensor,  # (N,) row of each image in the particle file
+    ) -> None:
         "Write poses/EEEE.npz with rot (N, 3, 3), shift (N, 2) Å and source_row (N,)."
         save_arrays(self.path / "poses" / f"{epoch:04d}.npz", rot=poses.rot, shift=poses.shift, source_row=source_row)
 
