@@ -13,7 +13,7 @@ __all__ = ['MRC_HEADER', 'MRC_MODES', 'ROW_TOKEN', 'CTF_COLUMNS', 'POSE_COLUMNS'
            'describe_missing_poses', 'describe_missing_ctf', 'build_relion_rows', 'list_unmodelled_optics',
            'read_relion', 'format_number', 'format_image_names', 'make_pose_columns', 'replace_relion_columns',
            'replace_optics_size', 'replace_relion_pixel_size', 'make_star_block', 'build_relion_source',
-           'load_cryosparc', 'join_passthrough', 'read_cryosparc_numbers', 'read_cryosparc_columns',
+           'load_cryosparc', 'list_fields', 'join_passthrough', 'read_cryosparc_numbers', 'read_cryosparc_columns',
            'describe_missing_cryosparc_poses', 'read_cryosparc', 'replace_cryosparc_columns',
            'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses', 'read_cryodrgn_ctf',
            'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box', 'check_suffix',
@@ -1025,6 +1025,13 @@ def load_cryosparc(
     return records
 
 # %% ../nbs/20_files.ipynb #b1a4392c
+def list_fields(
+    dtype: np.dtype,  # structured
+) -> list[tuple[str, np.dtype]]:  # what np.dtype takes
+    "List the fields of a record without the padding that a selection of fields leaves."
+    return [(name, dtype[name]) for name in dtype.names]
+
+# %% ../nbs/20_files.ipynb #5b1d4050
 def join_passthrough(
     records: np.ndarray,  # (N,) structured, of the main file
     other: np.ndarray,  # (K,) structured, of the companion
@@ -1043,7 +1050,7 @@ def join_passthrough(
     if lost.size:
         raise InputError(f"{path} row {lost[0]}: uid {records['uid'][lost[0]]} is not in {other_path}; give the passthrough file of the same job.")
     new = [name for name in other.dtype.names if name not in records.dtype.names]
-    joined = np.empty(len(records), np.dtype(records.dtype.descr + [d for d in other.dtype.descr if d[0] in new]))
+    joined = np.empty(len(records), np.dtype(list_fields(records.dtype) + [d for d in list_fields(other.dtype) if d[0] in new]))
     for name in records.dtype.names:
         joined[name] = records[name]
     for name in new:
@@ -1175,7 +1182,7 @@ def replace_cryosparc_columns(
         values["alignments3D/psize_A"] = unit
         values["alignments3D/shift"] = np.stack([columns["shift_x"], columns["shift_y"]], 1) / unit[:, None].astype(np.float64)
     new = [(name, "<f4", v.shape[1:]) for name, v in values.items() if name not in records.dtype.names]
-    changed = np.zeros(len(records), np.dtype(records.dtype.descr + new))
+    changed = np.zeros(len(records), np.dtype(list_fields(records.dtype) + new))
     for name in records.dtype.names:
         changed[name] = records[name]
     for name, numbers in values.items():
@@ -1192,11 +1199,11 @@ def replace_cryosparc_images(
     box: int | None = None,  # px, new
 ) -> CryosparcSource:
     "Set where the images lie, their pixel size and box; shifts in pixels are rescaled with the pixel size."
-    descr = source.records.dtype.descr
+    fields = list_fields(source.records.dtype)
     if names is not None:
         encoded = np.array([name.encode("utf-8") for name in names])
-        descr = [(d[0], encoded.dtype.str) if d[0] == "blob/path" else d for d in descr]
-    changed = source.records.astype(np.dtype(descr))
+        fields = [(name, encoded.dtype if name == "blob/path" else kind) for name, kind in fields]
+    changed = source.records.astype(np.dtype(fields))
     if names is not None:
         changed["blob/path"], changed["blob/idx"] = encoded, slices
     if box is not None and "blob/shape" in changed.dtype.names:
