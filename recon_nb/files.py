@@ -107,7 +107,8 @@ def read_mrc_header(
     offset = MRC_HEADER.itemsize + int(header["extended"])
     expected, found = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, path.stat().st_size
     if found < expected:
-        raise InputError(f"{path}: truncated; {shape[0]} x {shape[1]} x {shape[2]} pixels of {dtype.name} need {expected} bytes, found {found}. Copy the file again.")
+        size = " x ".join(map(str, shape))
+        raise InputError(f"{path}: truncated; {size} pixels of {dtype.name} need {expected} bytes, found {found}. Copy the file again.")
     sampling, cell = header["sampling"].astype(float), header["cell"].astype(float)
     pixel = np.divide(cell, sampling, out=np.zeros(3), where=sampling > 0)
     pixel = np.where(np.isfinite(pixel) & (pixel > 0), pixel, 0.0)
@@ -355,7 +356,8 @@ class StarBlock:
         for row, line in enumerate(self.lines):
             tokens = split_row(line)
             if len(tokens) != len(self.columns):
-                raise InputError(f"{self.locate(row)}: {len(tokens)} values for the {len(self.columns)} columns of data_{self.name}; correct or remove that row.")
+                found = f"{len(tokens)} values for the {len(self.columns)} columns of data_{self.name}"
+                raise InputError(f"{self.locate(row)}: {found}; correct or remove that row.")
             for text, place in zip(texts, places, strict=True):
                 token = tokens[place]
                 text.append(token[1:-1] if token[0] in "'\"" and token[-1] == token[0] and len(token) > 1 else token)
@@ -608,11 +610,17 @@ def find_particle_block(
     if not len(block):
         raise InputError(f"{path}: data_{block.name} lists no particles.")
     if "rlnTomoVisibleFrames" in block.columns or any("rlnTomoSubTomosAre2DStacks" in b.columns for b in blocks):
-        raise InputError(f"{path}: rlnTomoVisibleFrames or rlnTomoSubTomosAre2DStacks mark a tilt-series set, one row per particle; this reader takes one row per image. Export a 2-D particle series (one 'n@stack' per row).")
+        raise InputError(
+            f"{path}: a tilt-series set (rlnTomoVisibleFrames or rlnTomoSubTomosAre2DStacks), one row per particle, where one "
+            "row per image is expected. Export a 2-D particle series (one 'n@stack' per row)."
+        )
     volumes = [c for c in ("rlnCtfImage", "rlnCoordinateZ", "rlnOriginZAngst", "rlnOriginZ") if c in block.columns]
     name = block.select([0]).read_columns(["rlnImageName"])["rlnImageName"][0]
     if volumes and "@" not in name:
-        raise InputError(f"{block.locate(0)}: rlnImageName '{name}' with {volumes[0]} is a 3-D subtomogram, not a 2-D image; export the particles as 2-D series (rlnImageName 'n@stack') and give that star file.")
+        raise InputError(
+            f"{block.locate(0)}: rlnImageName '{name}' with {volumes[0]} is a 3-D subtomogram, not a 2-D image; export the "
+            "particles as 2-D series (rlnImageName 'n@stack') and give that star file."
+        )
     return found[0]
 
 # %% ../nbs/20_files.ipynb #2adfa92e
@@ -639,7 +647,8 @@ def join_optics(
             raise InputError(f"{optics.path}: an rlnOpticsGroup stands twice in data_optics; remove one.")
         for row, group in enumerate(row_groups):
             if group not in place:
-                raise InputError(f"{table.locate(row)}: rlnOpticsGroup {group} is not in data_optics (groups {', '.join(groups)}); add it or remove that row.")
+                there = f"rlnOpticsGroup {group} is not in data_optics (groups {', '.join(groups)})"
+                raise InputError(f"{table.locate(row)}: {there}; add it or remove that row.")
         index = [place[group] for group in row_groups]
     elif len(optics) == 1:
         index = [0] * len(table)
@@ -659,7 +668,10 @@ def require_uniform(
     differs = np.abs(values - values[0]) > 1e-4 * np.abs(values[0])
     if differs.any():
         row = int(np.flatnonzero(differs)[0])
-        raise InputError(f"{locate(row)}: {name} {values[row]:g}{unit} differs from {values[0]:g}{unit} of row 0; split the file by optics group, or resample to one pixel size and box.")
+        raise InputError(
+            f"{locate(row)}: {name} {values[row]:g}{unit} differs from {values[0]:g}{unit} of row 0; split the file by optics "
+            "group, or resample to one pixel size and box."
+        )
     return float(values[0])
 
 # %% ../nbs/20_files.ipynb #aaf5d355
@@ -779,7 +791,10 @@ def build_relion_rows(
         if not any(rows[f"euler_{a}"].any() for a in ("rot", "tilt", "psi")):
             warnings.append("all angles are 0: the particles seem never to have been aligned")
     if "bfactor" in rows and (rows["bfactor"] < 0).any():
-        warnings.append("negative rlnCtfBfactor: a tilt series of Warp or M (dose = -B / 4, cos(tilt) = rlnCtfScalefactor); taken as single images without B-factor")
+        warnings.append(
+            "negative rlnCtfBfactor: a tilt series of Warp or M (dose = -B / 4, cos(tilt) = rlnCtfScalefactor); taken as single "
+            "images without B-factor"
+        )
         del rows["bfactor"]
         rows.pop("scale", None)
     rows["particle"] = np.arange(n)
@@ -1231,7 +1246,8 @@ def load_array_pickle(
     def encode_latin(text, encoding):
         return str(text).encode("latin1")
 
-    allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": multiarray._reconstruct, "_frombuffer": numeric._frombuffer, "encode": encode_latin}
+    allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": encode_latin}
+    allowed |= {"_reconstruct": multiarray._reconstruct, "_frombuffer": numeric._frombuffer}
     modules = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric", "_codecs"}
 
     class ArrayUnpickler(pickle.Unpickler):
@@ -1273,7 +1289,8 @@ def read_cryodrgn_poses(
     if bad.any():
         raise InputError(f"{path} row {int(torch.nonzero(bad)[0])}: not a rotation matrix and a finite translation.")
     if np.abs(trans).max() > 1:
-        raise InputError(f"{path} row {int(np.abs(trans).max(1).argmax())}: a translation of {np.abs(trans).max():g} boxes; expected fractions of the box, not pixels.")
+        row = int(np.abs(trans).max(1).argmax())
+        raise InputError(f"{path} row {row}: a translation of {np.abs(trans).max():g} boxes; expected fractions of the box, not pixels.")
     angles = matrix_to_euler(rot)
     columns = {name: values.numpy() for name, values in zip(POSE_COLUMNS[:3], angles, strict=True)}
     shift = trans.astype(np.float64) * field_of_view
@@ -1329,7 +1346,11 @@ def check_slices(
     beyond = np.flatnonzero((table.rows["slice"].to_numpy() >= counts) | (table.rows["slice"].to_numpy() < 0))
     if beyond.size:
         row = int(beyond[0])
-        raise InputError(f"{table.path or 'table'} row {row}: image {table.rows['slice'][row] + 1} of '{table.rows['stack'][row]}', which holds {counts[row]}; the stack does not belong to this file.")
+        image, stack = table.rows["slice"][row] + 1, table.rows["stack"][row]
+        raise InputError(
+            f"{table.path or 'table'} row {row}: image {image} of '{stack}', which holds {counts[row]}; the stack does not belong "
+            "to this file."
+        )
 
 # %% ../nbs/20_files.ipynb #86d8ec37
 def open_stack(
@@ -1350,7 +1371,10 @@ def open_stack(
     check_slices(table, file_index, headers)
     first, warnings = headers[0], []
     if table.box is not None and first.shape[2] != table.box:
-        raise InputError(f"{first.path}: images of {first.shape[2]} px, but {table.path or 'the table'} says {table.box} px; the stack does not belong to this file, or was binned without updating it.")
+        raise InputError(
+            f"{first.path}: images of {first.shape[2]} px, but {table.path or 'the table'} says {table.box} px; the stack does "
+            "not belong to this file, or was binned without updating it."
+        )
     if first.pixel_size is not None and abs(first.pixel_size - table.pixel_size) > 0.01 * table.pixel_size:
         warnings.append(f"pixel size {table.pixel_size:g} Å is used; the header of {first.path.name} says {first.pixel_size:g} Å")
     return LazyStack(headers, file_index, table.rows["slice"].to_numpy(), warnings=warnings)
@@ -1449,7 +1473,10 @@ def read_cryodrgn_beside(
     columns = read_cryodrgn_ctf(path)
     theirs = require_uniform(columns["box"] * columns["pixel_size"], "width of the images", lambda row: f"{path} row {row}", unit=" Å")
     if abs(theirs - field_of_view) > 0.01 * field_of_view:
-        raise InputError(f"{path}: its images are {theirs:g} Å wide, those of {table.path} {field_of_view:g} Å; give the CTF of these images, or --pixel-size.")
+        raise InputError(
+            f"{path}: its images are {theirs:g} Å wide, those of {table.path} {field_of_view:g} Å; give the CTF of these images, "
+            "or --pixel-size."
+        )
     return columns
 
 # %% ../nbs/20_files.ipynb #6d92016e
