@@ -58,6 +58,8 @@ def assign_halves(
         return (particle + tilt_slot) % 2
     if halves is None:
         return particle % 2
+    if len(particle) and int(particle.max()) >= len(halves):
+        raise InputError(f"There are halves for {len(halves)} particles, but the images belong to particles up to {int(particle.max())}.")
     chosen = halves.to(particle.device)[particle].long()
     wrong = (chosen != 1) & (chosen != 2)
     if bool(wrong.any()):
@@ -138,6 +140,7 @@ def solve_map(
     num: Tensor,  # (2r+1, 2r+1, r+1) complex, symmetrised
     den: Tensor,  # (2r+1, 2r+1, r+1) real, symmetrised
     ridge: Tensor,  # () or (2r+1, 2r+1, r+1) to add to den
+    *,
     lattice: Lattice,  # of the images
     pad: int = 2,  # zero-padding factor of the grid
 ) -> Volume:  # (D, D, D)
@@ -175,7 +178,7 @@ def solve_sums(
         raise InputError(f"The halves hold {n_images[0]} and {n_images[1]} images; both need some. Give more particles, or check the half column.")
     num, den = ([symmetrize_grid(g) for g in (pair[0], pair[1], pair[0] + pair[1])] for pair in (sums.num, sums.den))
     shells = compute_grid_shells(lattice.box, pad, lattice.device)
-    solve = lambda i, ridge: solve_map(num[i], den[i], ridge, lattice, pad)
+    solve = lambda i, ridge: solve_map(num[i], den[i], ridge, lattice=lattice, pad=pad)
     if regularization == "constant":
         ridges = [compute_constant_ridge(d, shells, weight) for d in den]
     else:  # the agreement is measured on maps that are hardly regularised
