@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .core import ConfigError, Volume, make_generator, suggest_names
-from .encoders import networks
 from .fourier import Lattice
 from .imaging import extract_slices, volume_to_grid
+from .networks import networks
 
 # %% ../nbs/31_decoders.ipynb #607c9de8
 def fold_half_space(
@@ -160,7 +160,7 @@ class PositionalDecoder(Decoder):
         *,
         hidden_dim: int = 1024,  # width
         n_layers: int = 3,  # residual layers
-        network: str = "residual",  # one of `encoders.networks`
+        network: str = "residual",  # one of `networks.networks`
         encoding: str = "gaussian",  # one of `encodings`
         encoding_scale: float = 0.5,  # sigma of the Gaussian encoding
         seed: int = 0,  # of the Gaussian encoding

@@ -198,7 +198,7 @@ def project_volume(
     tilt: TiltInfo | None = None,  # (N,)
     dose: str = "off",  # "off" or "model", as in compute_transfer
     pad: int = 2,  # zero padding of the volume's transform
-    grid: Tensor | None = None,  # a grid made earlier by volume_to_grid, to spare its transform
+    grid: Tensor | None = None,  # (2r+1, 2r+1, r+1) made earlier by volume_to_grid, to spare its transform
 ) -> Tensor:  # (N, M) complex half-plane coefficients
     "Return noise-free images of a volume: slice, CTF, displacement by `-shift`."
     lattice = Lattice(volume.box, volume.pixel_size, device=volume.data.device)

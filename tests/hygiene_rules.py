@@ -17,7 +17,7 @@ LAYERS = [
     [['fourier', 'so3']],
     [['ctf', 'dose'], ['imaging'], ['volumes']],
     [['files'], ['datasets'], ['simulate']],
-    [['encoders', 'decoders', 'losses'], ['models']],
+    [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['runs'], ['training'], ['abinit', 'subspace']],
     [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram']],
     [['cli']],
@@ -25,8 +25,8 @@ LAYERS = [
 
 # Allowed by the rows, forbidden by design: models open no file, and runs know no model.
 FORBIDDEN = {
-    **{module: {'files', 'datasets', 'simulate'} for module in ('encoders', 'decoders', 'losses', 'models')},
-    'runs': {'encoders', 'decoders', 'losses', 'models'},
+    **{module: {'files', 'datasets', 'simulate'} for module in ('networks', 'encoders', 'decoders', 'losses', 'models')},
+    'runs': {'networks', 'encoders', 'decoders', 'losses', 'models'},
 }
 
 NOTEBOOK_NAME = re.compile(r'(\d\d)([a-z]?)_([a-z][a-z0-9]*)$')
