@@ -132,6 +132,8 @@ def load_stack(
         premultiplied=settle_convention(premultiplied, table.premultiplied or None, False, "CTF-premultiplied"),
         sign=-1 if settle_convention(invert_contrast, None if table.contrast_sign is None else table.contrast_sign < 0, False, "dark particles") else 1,
     )
+    for warning in (*table.warnings, *images.warnings):
+        logging.getLogger("recon_nb.datasets").warning(warning)
     chosen = Selection.load(select) if isinstance(select, (str, Path)) else select
     return stack if chosen is None else stack.select(chosen)
 
@@ -283,9 +285,10 @@ class ParticleDataset:
         valid = tilts < self.counts[rows, None]
         index = self.order[self.first[rows, None] + tilts * valid]  # (B, T); padded entries repeat the first image
         flat = index[valid]
-        values = self.compute_coefficients(flat) if self.cache is None else self.cache[flat]
-        images = values.new_zeros(*index.shape, self.lattice.n_coefficients)
-        images[valid] = values
+        images = self.compute_coefficients(flat) if self.cache is None else self.cache[flat]
+        if len(flat) < index.numel():
+            images = images.new_zeros(index.numel(), images.shape[1]).index_copy_(0, torch.nonzero(valid.flatten())[:, 0], images)
+        images = images.view(*index.shape, -1)
         pick = lambda record: None if record is None else record[index]
         poses = Poses.identity(index.numel())[torch.arange(index.numel()).view(index.shape)] if self.stack.poses is None else self.stack.poses[index]
         return Batch(images, poses, pick(self.stack.ctf), pick(self.stack.tilt), valid, self.particles[rows])

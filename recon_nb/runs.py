@@ -7,8 +7,8 @@ __all__ = ['presets', 'adjustable', 'accepts_type', 'describe_type', 'Section', 
            'RunConfig', 'config_to_dict', 'config_from_dict', 'update_config', 'make_config', 'Checkpoint',
            'sync_to_disk', 'write_checkpoint', 'read_checkpoint', 'list_checkpoints', 'split_tree', 'join_tree',
            'write_json', 'describe_inputs', 'RunFolder', 'remove_folder', 'save_arrays', 'load_arrays', 'is_run',
-           'create_run', 'open_run', 'remove_leftovers', 'resume_run', 'append_log', 'read_log', 'record_log',
-           'write_particles_csv']
+           'create_run', 'open_run', 'remove_leftovers', 'resume_run', 'append_log', 'read_log', 'attach_handler',
+           'collect_log', 'record_log', 'write_particles_csv']
 
 # %% ../nbs/40_runs.ipynb #d9427b00
 import csv
@@ -23,7 +23,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -288,11 +288,14 @@ def write_checkpoint(
 # %% ../nbs/40_runs.ipynb #7b5fd68c
 def read_checkpoint(
     path: Path,  # one checkpoint's folder
+    *,
+    only_model: bool = False,  # leave `optim` empty, which is most of the bytes
 ) -> Checkpoint:
     "Read a checkpoint to the CPU; raise `RunError` when a file is missing or damaged."
     try:
         state = json.loads((path / "state.json").read_text())
-        model, optim = (load_file(path / f"{name}.safetensors") for name in ("model", "optim"))
+        model = load_file(path / "model.safetensors")
+        optim = {} if only_model else load_file(path / "optim.safetensors")
         return Checkpoint(state.pop("epoch"), state.pop("step"), model, optim, state)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(f"{path}: this checkpoint cannot be read ({error}). Remove it to go on from the one before.") from error
@@ -411,13 +414,13 @@ class RunFolder:
             remove_folder(folder / Checkpoint(epoch, step, {}, {}, {}).name)
         return written
 
-    def load_checkpoint(self, epoch: int | None = None) -> Checkpoint:
+    def load_checkpoint(self, epoch: int | None = None, *, only_model: bool = False) -> Checkpoint:
         "Read the checkpoint at the end of an epoch, or the latest one, which may lie within an epoch."
         found = self.checkpoints if epoch is None else [(e, 0) for e in self.epochs if e == epoch]
         if not found:
             kept = ", ".join(map(str, self.epochs)) or "none"
             raise RunError(f"{self.path} has no checkpoint{'' if epoch is None else f' of epoch {epoch}'}; kept epochs: {kept}.")
-        return read_checkpoint(self.path / "checkpoints" / Checkpoint(*found[-1], {}, {}, {}).name)
+        return read_checkpoint(self.path / "checkpoints" / Checkpoint(*found[-1], {}, {}, {}).name, only_model=only_model)
 
     def save_latents(self, epoch: int, latents: Latents) -> None:
         "Write latents/EEEE.npz with mu (P, Z), logvar (P, Z) and particle (P,)."
@@ -583,13 +586,12 @@ def read_log(
 
 # %% ../nbs/40_runs.ipynb #da1d2df9
 @contextmanager
-def record_log(
-    run: RunFolder,  # the run
+def attach_handler(
+    handler: logging.Handler,  # receives the messages
 ) -> Iterator[logging.Logger]:
-    "Copy the library's log messages to log.txt while the block runs."
+    "Send the library's log messages to a handler while the block runs."
     logger = logging.getLogger("recon_nb")
-    handler, level = logging.FileHandler(run.path / "log.txt"), logger.level
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
@@ -598,6 +600,29 @@ def record_log(
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
+
+# %% ../nbs/40_runs.ipynb #4cda0327
+@contextmanager
+def collect_log() -> Iterator[list[logging.LogRecord]]:
+    "Keep the library's log messages in a list while the block runs."
+    handler, records = logging.Handler(), []
+    handler.emit = records.append
+    with attach_handler(handler):
+        yield records
+
+# %% ../nbs/40_runs.ipynb #873faffc
+@contextmanager
+def record_log(
+    run: RunFolder,  # the run
+    earlier: Iterable[logging.LogRecord] = (),  # of `collect_log`
+) -> Iterator[logging.Logger]:
+    "Copy the library's log messages to log.txt while the block runs."
+    handler = logging.FileHandler(run.path / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    with attach_handler(handler) as logger:
+        for record in earlier:
+            handler.handle(record)
+        yield logger
 
 # %% ../nbs/40_runs.ipynb #d81f7192
 def write_particles_csv(

@@ -12,7 +12,6 @@ __all__ = ['rate_schedules', 'draw_noise', 'compute_learning_rate', 'PoseTable',
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
-import json
 import logging
 import math
 import random
@@ -33,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .core import Batch, ConfigError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, make_generator, pick_device, seed_all
+from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, make_generator, pick_device, seed_all
 from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, iterate_batches, load_stack, plan_epoch
 from .fourier import Lattice
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
-from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, create_run, describe_inputs, join_tree, make_config, open_run, record_log, resume_run, split_tree, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, collect_log, create_run, join_tree, open_run, record_log, resume_run, split_tree, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 
 # %% ../nbs/41_training.ipynb #b8ec0225
@@ -154,6 +153,8 @@ def compute_shares(
     world_size: int = 1,  # number of processes
 ) -> tuple[float, float]:  # W n_r / n, W b_r / b
     "Return the weights of this process's images and particles in a joint batch."
+    if world_size == 1:
+        return 1.0, 1.0
     counts = dataset.counts[joint]
     images = float(counts[rank::world_size].sum() / counts.sum())
     return world_size * images, world_size * count_rows(len(joint), rank, world_size) / len(joint)
@@ -388,7 +389,7 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(other, handler)
 
     if threading.current_thread() is threading.main_thread():
-        before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.signal(n, receive) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
@@ -605,6 +606,8 @@ def load_dataset(
             raise ConfigError("data.particles is empty: name a star, cs, mrcs or txt file, or give a stack.")
         stack = load_stack(data.particles, datadir=data.datadir, pixel_size=data.pixel_size, box=data.box, invert_contrast=data.invert_contrast,
                            premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf)
+    if stack.box != facts.get("box", stack.box):
+        raise InputError(f"The images have a box of {stack.box} px, the run was trained at {facts['box']} px; give --box {facts['box']}.")
     return ParticleDataset(stack, window_radius=data.window_radius, window_edge=data.window_edge, in_memory=data.in_memory,
                            scale=facts.get("scale"), subtract_background=facts.get("subtract_background", data.subtract_background))
 
@@ -618,7 +621,7 @@ def load_model(
     "Return the trained model of a run, ready to encode and decode."
     if epoch is None and run.epochs:
         epoch = run.epochs[-1]
-    checkpoint, facts = run.load_checkpoint(epoch), run.inputs.get("data", {})
+    checkpoint, facts = run.load_checkpoint(epoch, only_model=True), run.inputs.get("data", {})
     if "box" not in facts:
         raise RunError(f"{run.path}/inputs.json does not say the box of the images; was the run written by another program?")
     model = build_run_model(run.config, Lattice(facts["box"], facts["pixel_size"]))
@@ -669,27 +672,27 @@ def train_run(
     stack: ParticleStack | None = None,  # images that are in memory already
     device: str | torch.device = "auto",  # where to compute
     changes: Mapping[str, Any] = MappingProxyType({}),  # settings to change when going on, e.g. {"train.epochs": 40}
+    on_step: Callable[[int, int, dict[str, float]], None] | None = None,  # called with epoch, step, losses of the joint batch
 ) -> RunFolder:
     "Train from settings to latents, as `recon train` does, or go on where a run stopped."
     with join_team(device) as device:
-        if config is None:
+        is_new, facts = config is not None, {}
+        if not is_new:
             if is_main():
                 resume_run(path, changes)
             wait_for_team()
-            run = open_run(path)
-            dataset = load_dataset(run.config, stack=stack, facts=run.inputs.get("data", {}))
-            model = build_run_model(run.config, dataset.lattice)
-        else:
-            dataset = load_dataset(config, stack=stack)
+            config, facts = open_run(path).config, open_run(path).inputs.get("data", {})
+        with collect_log() as earlier:
+            dataset = load_dataset(config, stack=stack, facts=facts)
             model = build_run_model(config, dataset.lattice)
-            if is_main():
-                write_particles_csv(create_run(path, config), dataset.stack.source_row, dataset.stack.particle)
-            wait_for_team()
-            run = open_run(path)
-        with record_log(run) if is_main() else nullcontext(logging.getLogger("recon_nb")) as logger:
+        if is_new and is_main():
+            write_particles_csv(create_run(path, config), dataset.stack.source_row, dataset.stack.particle)
+        wait_for_team()
+        run = open_run(path)
+        with record_log(run, earlier) if is_main() else nullcontext(logging.getLogger("recon_nb")) as logger:
             if run.epochs:
                 encode_epoch(run, dataset, run.epochs[-1], device=device)
-            for stats in fit(model, dataset, run, device=device):
+            for stats in fit(model, dataset, run, device=device, on_step=on_step):
                 losses = ", ".join(f"{name} {value:.6g}" for name, value in stats.losses.items())
                 logger.info("epoch %d: %s; %.1f s, %.0f images/s", stats.epoch, losses, stats.seconds, stats.images_per_second)
                 encode_epoch(run, dataset, stats.epoch, model=model)

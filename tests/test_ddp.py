@@ -1,0 +1,61 @@
+"""Two processes take the steps of one with the joint batch."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recon_nb.runs import open_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(folder, name, kind, changes, n_processes):
+    """Train in processes of their own; return the run and the losses of every step."""
+    steps = folder / f'{name}.json'
+    arguments = [str(ROOT / 'tests' / 'train_worker.py'), str(folder / name), kind, json.dumps(changes), str(steps)]
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n_processes)] if n_processes > 1 else []
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return open_run(folder / name), json.loads(steps.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'changes'), [
+    ('single', {}),
+    ('ragged', {'model.zdim': 0}),
+    ('single', {'train.optimize_poses': True, 'train.pose_start_epoch': 0}),
+], ids=['latents', 'ragged', 'poses'])
+def test_two_processes_equal_one(tmp_path, kind, changes):
+    """49 particles in joint batches of 8: the last has one row, so one process works with weight zero."""
+    two, two_steps = train(tmp_path, 'two', kind, {**changes, 'train.batch_size': 4}, 2)
+    one, one_steps = train(tmp_path, 'one', kind, {**changes, 'train.batch_size': 8}, 1)
+    assert [(s['epoch'], s['step']) for s in two_steps] == [(s['epoch'], s['step']) for s in one_steps]
+    for a, b in zip(two_steps, one_steps):
+        assert a['total'] == pytest.approx(b['total'], rel=1e-5)
+        assert a['kl'] == pytest.approx(b['kl'], rel=1e-4, abs=1e-7)
+    a, b = two.load_checkpoint(), one.load_checkpoint()
+    for name in b.model:
+        torch.testing.assert_close(a.model[name], b.model[name], rtol=1e-3, atol=1e-4)
+    if 'model.zdim' not in changes:
+        x, y = two.load_latents(), one.load_latents()
+        assert torch.equal(x.particle, y.particle)
+        torch.testing.assert_close(x.mu, y.mu, rtol=1e-2, atol=1e-3)
+    if 'pose_table' in b.optim:
+        assert b.optim['pose_table'].abs().max() > 0
+        torch.testing.assert_close(a.optim['pose_table'], b.optim['pose_table'], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(tmp_path):
+    """Two epochs and two more on two processes are four."""
+    train(tmp_path, 'broken', 'single', {'train.epochs': 1}, 2)
+    broken, _ = train(tmp_path, 'broken', 'single', {'train.epochs': 2}, 2)
+    straight, _ = train(tmp_path, 'straight', 'single', {'train.epochs': 2}, 2)
+    a, b = broken.load_checkpoint(), straight.load_checkpoint()
+    assert all(torch.equal(a.model[n], t) for n, t in b.model.items())
+    assert all(torch.equal(a.optim[n], t) for n, t in b.optim.items())
