@@ -2,8 +2,9 @@
 
     python benchmarks/kill_resume.py --trials 20
 
-Prints one row per trial: when the process was killed, which checkpoint it went on from, and whether weights, optimiser
-moments, random states, latents and losses ended as those of the undisturbed run.
+A trial is killed once or twice, each time a random moment after a random step; checkpoints are written several times an
+epoch, so that kills fall into the writing too. Prints one row per trial: when the process was killed, which checkpoint it went
+on from, and whether weights, optimiser moments, random states, latents and losses ended as those of the undisturbed run.
 """
 import argparse
 import os
@@ -28,7 +29,8 @@ def train(path, n_particles):
 
     stack = simulate_stack(make_phantom('ribosome', 16, seed=0), n_particles, snr=1.0, seed=0).stack
     print('ready', flush=True)
-    train_run(path, None if is_run(path) else make_config(changes=SETTINGS), stack=stack, device='cpu')
+    train_run(path, None if is_run(path) else make_config(changes=SETTINGS), stack=stack, device='cpu',
+              on_step=lambda epoch, step, losses: print(epoch, step, flush=True))
 
 
 def start(path, n_particles):
@@ -47,6 +49,20 @@ def finish(process):
     _, messages = process.communicate()
     if process.returncode:
         raise RuntimeError(messages)
+
+
+def kill_after(process, n_steps, delay):
+    """Kill a process some time after a number of steps, or when it ends before; return what was killed where, in words."""
+    last = 'the start'
+    for _ in range(n_steps):
+        line = process.stdout.readline()
+        if not line:
+            break
+        last = '{}.{}'.format(*line.split())
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return last
 
 
 def compare(path, reference):
@@ -68,27 +84,20 @@ def run_trials(folder, n_trials, n_particles=300, seed=0, report=print):
     """Run the reference and `n_trials` killed runs; return the number that ended with other bits."""
     from recon_nb.runs import is_run, open_run
 
-    begin = time.monotonic()
-    process = start(folder / 'reference', n_particles)
-    ready = time.monotonic()
-    finish(process)
-    duration, rng, n_wrong = time.monotonic() - ready, random.Random(seed), 0
-    report(f'undisturbed: {duration:.1f} s after {ready - begin:.1f} s of start-up')
-    report(f'{"trial":>5} {"killed after s":>14}  {"went on from":<28} differs')
+    finish(start(folder / 'reference', n_particles))
+    rng, n_wrong = random.Random(seed), 0
+    n_steps = SETTINGS['train.epochs'] * -(-n_particles // SETTINGS['train.batch_size'])
+    report(f'{"trial":>5}  {"killed after epoch.step":<24} {"went on from":<32} differs')
     for trial in range(n_trials):
         path, moments, origins = folder / f'trial{trial}', [], []
         for _ in range(rng.choice([1, 1, 2])):
-            process, moment = start(path, n_particles), rng.uniform(0, duration)
-            time.sleep(moment)
-            process.kill()
-            process.communicate()
-            moments.append(f'{moment:.2f}')
+            moments.append(kill_after(start(path, n_particles), rng.randrange(n_steps), rng.uniform(0, 0.03)))
             found = open_run(path).checkpoints if is_run(path) else []
             origins.append(f'epoch {found[-1][0]} batch {found[-1][1]}' if found else 'the beginning')
         finish(start(path, n_particles))
         differing = compare(path, folder / 'reference')
         n_wrong += bool(differing)
-        report(f'{trial:>5} {" ".join(moments):>14}  {", ".join(origins):<28} {", ".join(differing) or "nothing"}')
+        report(f'{trial:>5}  {", ".join(moments):<24} {", ".join(origins):<32} {", ".join(differing) or "nothing"}')
     return n_wrong
 
 

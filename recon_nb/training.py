@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['rate_schedules', 'draw_noise', 'compute_learning_rate', 'PoseTable', 'join_team', 'wait_for_team', 'gather_objects',
-           'weigh_terms', 'compute_shares', 'average_sparse_gradient', 'Learner', 'build_adam', 'get_random_state',
-           'set_random_state', 'Progress', 'EpochStats', 'Meter', 'StopRequest', 'catch_signals', 'save_progress',
-           'restore_progress', 'refine_poses', 'settle_data', 'walk_epoch', 'fit', 'Stopwatch', 'summarize_epoch',
-           'encode_all', 'build_run_model', 'load_dataset', 'load_model', 'load_pose_table', 'encode_epoch',
-           'train_run']
+           'weigh_terms', 'compute_shares', 'average_sparse_gradient', 'list_parameter_groups', 'Learner', 'build_adam',
+           'get_random_state', 'set_random_state', 'Progress', 'EpochStats', 'Meter', 'StopRequest', 'catch_signals',
+           'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'walk_epoch', 'fit', 'Stopwatch',
+           'summarize_epoch', 'encode_all', 'build_run_model', 'load_dataset', 'load_model', 'load_pose_table',
+           'encode_epoch', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -174,6 +174,18 @@ def average_sparse_gradient(
     dist.all_gather(values, value)
     return torch.sparse_coo_tensor(torch.cat(indices)[None], torch.cat(values) / len(values), grad.shape)
 
+# %% ../nbs/41_training.ipynb #e11a7b72
+def list_parameter_groups(
+    model: nn.Module,  # with parameter_groups()
+) -> list[dict[str, Any]]:  # for an optimiser
+    "Return the trainable parameters by role; raise `ConfigError` when the model names some twice or not at all."
+    groups = [{"params": [p for p in group if p.requires_grad], "name": name} for name, group in model.parameter_groups().items()]
+    named = [id(p) for group in groups for p in group["params"]]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and named.count(id(parameter)) != 1:
+            raise ConfigError(f"{type(model).__name__}.parameter_groups() names {name} {named.count(id(parameter))} times; expected once.")
+    return [group for group in groups if group["params"]]
+
 # %% ../nbs/41_training.ipynb #6058b001
 class Learner:
     "A model and, if asked, a pose table, with their optimisers."
@@ -186,8 +198,7 @@ class Learner:
     ):
         self.model, self.dataset, self.train = model, dataset, train
         device = next(model.parameters()).device
-        groups = [{"params": [p for p in group if p.requires_grad], "name": name} for name, group in model.parameter_groups().items()]
-        self.optimizer = build_adam([g for g in groups if g["params"]], train, device)
+        self.optimizer = build_adam(list_parameter_groups(model), train, device)
         self.pose_table: PoseTable | None = None
         if train.optimize_poses:
             self.pose_table = PoseTable(dataset.n_particles, dataset.lattice.box * dataset.lattice.pixel_size / 2).to(device)
