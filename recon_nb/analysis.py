@@ -362,8 +362,10 @@ def make_data_section(
     facts: Mapping[str, object],  # numbers to add, such as the box
 ) -> Section:
     "Summarise the data of a run."
+    words = {"box": "box, px", "pixel_size": "pixel size, Å", "scale": "images divided by", "n_images": "images", "n_particles": "particles",
+             "subtract_background": "background subtracted"}
     files = {f"{name} file": item["path"] for name, item in run.inputs.get("files", {}).items()}
-    return Section("Data", render_warnings(collect_warnings(run)) + render_facts({**files, **facts}), order=100)
+    return Section("Data", render_warnings(collect_warnings(run)) + render_facts({**files, **{words.get(n, n): v for n, v in facts.items()}}), order=100)
 
 # %% ../nbs/50b_analysis.ipynb #9a036464
 def make_settings_section(
@@ -466,7 +468,7 @@ def analyze_run(
         chosen, sections = {}, [write_map(folder, decode)]
     else:
         analysis = analyze_latents(run.load_latents(epoch), kmeans=kmeans, umap=umap, seed=seed)
-        facts = {"n_particles": len(analysis.latents), **facts}
+        facts = {"particles with latents": len(analysis.latents), **facts}
         write_latent_tables(folder, analysis)
         latents = Section("Latents", save_figures(folder, draw_latents(analysis)), order=300)
         volumes = write_cluster_volumes(folder, analysis, decode)
@@ -493,15 +495,17 @@ def clear_optional(
 def format_command(
     run: RunFolder,
     epoch: int,
-    options: Mapping[str, object],  # argument to value; None and False are left out, as they say nothing
+    options: Mapping[str, object],  # argument to value; None and False say nothing and are left out
 ) -> str:  # for a shell
     "Return the `recon analyze` command of an analysis."
     words = ["recon", "analyze", str(run.path), "--epoch", str(epoch)]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if value is True or value is False:
-            words += [flag] if value and name != "umap" else ["--no-umap"] if name == "umap" and not value else []
-        elif value is not None:
+        if name == "umap":
+            words += [] if value else ["--no-umap"]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
             words += [flag, str(value)]
     return shlex.join(words)
 
