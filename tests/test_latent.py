@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from recon_nb.analysis import analyze_run, export_traversal, export_volumes, find_latent_rows, read_z
 from recon_nb.core import InputError, Latents, NumericalError, RunError, Volume
-from recon_nb.files import read_volume
+from recon_nb.files import read_volume, write_stack
 from recon_nb.fourier import Lattice
 from recon_nb.latent import (
     build_neighbor_graph,
@@ -32,6 +32,7 @@ from recon_nb.latent import (
 from recon_nb.models import build_model
 from recon_nb.report import Section, assemble_report, render_table, render_text, save_section
 from recon_nb.runs import Checkpoint, append_log, create_run, make_config, write_json
+from recon_nb.simulate import make_phantom, simulate_stack, write_simulation
 
 
 def make_cloud(n=200, zdim=3, seed=0):
@@ -240,7 +241,7 @@ def test_analysis_of_any_shape(tmp_path, zdim, n):
     assert (folder / 'pca.png').exists() == (zdim > 1)
     assert (folder / 'pc1').exists() == (n > 1)
     page = report.read_text()
-    assert 'the sign looks &lt;wrong&gt;' in page and 'recon train &lt;b&gt;.star' in page and '<b>' not in page
+    assert 'could not be inspected again' in page and 'the sign looks &lt;wrong&gt;' in page and 'recon train &lt;b&gt;.star' in page and '<b>' not in page
 
 
 def test_analysis_of_a_homogeneous_run(tmp_path):
@@ -318,3 +319,19 @@ def test_inputs_of_another_program_are_refused(tmp_path):
     write_json(run.path / 'inputs.json', {**inputs, 'data': {'box': 16, 'pixel_size': 4.0}})
     with pytest.raises(RunError, match='divided by'):
         analyze_run(run, device='cpu')
+
+
+def test_report_says_what_is_wrong_with_the_images(tmp_path):
+    """Dark particles are not mentioned in the star file; the report finds them in the pixels."""
+    simulated = simulate_stack(make_phantom('ribosome', 16), 300, snr=5.0, seed=0)
+    star = write_simulation(tmp_path / 'images', simulated)
+    run = make_run(tmp_path / 'run', zdim=2, latents=make_latents(make_cloud(30, 2)))
+    config = json.loads((run.path / 'config.json').read_text())
+    config['data']['particles'] = str(star)
+    write_json(run.path / 'config.json', config)
+    options = {'kmeans': 2, 'n_points': 2, 'umap': False, 'device': 'cpu'}
+    healthy = analyze_run(run, **options).read_text()
+    assert 'defocus, Å, from and to' in healthy and 'could not be inspected' not in healthy
+    write_stack(tmp_path / 'images' / 'particles.mrcs', -simulated.stack.images, 24.0)
+    sick = analyze_run(run, **options).read_text()
+    assert sick.count('<li>') == healthy.count('<li>') + 1
