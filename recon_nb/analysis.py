@@ -147,6 +147,8 @@ def read_z(
             missing = [f"z{i}" for i in range(zdim) if f"z{i}" not in table.columns]
             if missing:
                 raise InputError(f'{path} has no column "{missing[0]}"; expected z0 to z{zdim - 1}, or {zdim} columns of numbers without a header.')
+            if f"z{zdim}" in table.columns:
+                raise InputError(f'{path} has a column "z{zdim}": its points have more than the {zdim} latent dimensions of this run.')
             table = table[[f"z{i}" for i in range(zdim)]]
         points = table.to_numpy(dtype=np.float64)
     except (OSError, ValueError) as error:

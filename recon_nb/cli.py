@@ -8,8 +8,8 @@ __all__ = ['reading', 'option_sets', 'path_settings', 'verbs', 'Option', 'read_o
            'list_facts', 'inspect_particles', 'format_json', 'downsample_stack', 'read_states', 'simulate_particles',
            'read_defocus_pool', 'backproject_particles', 'print_resolution', 'compare_maps', 'mask_map',
            'settle_settings', 'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z',
-           'analyze_epoch', 'traverse_latents', 'show_demo', 'list_verbs', 'describe_error', 'show_messages',
-           'run_verb', 'main']
+           'analyze_epoch', 'traverse_latents', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
+           'release_messages', 'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import getsource
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -485,11 +486,11 @@ def train_model(
         raise UsageError("PARTICLES is missing; only --resume does without.")
     if not resume and is_run(out):
         raise UsageError(f"{out} is a run already; go on with it by --resume, or choose another name with -o.")
-    changes = settle_settings(settings, particles=particles, homogeneous=homogeneous)
+    changes, started = settle_settings(settings, particles=particles, homogeneous=homogeneous), lambda epoch, step, losses: release_messages()
     if resume:
-        run = train_run(out, device=device, changes=changes)
+        run = train_run(out, device=device, changes=changes, on_step=started)
     else:
-        run = train_run(out, make_config(changes.pop("data.particles"), preset=preset, changes=changes), device=device)
+        run = train_run(out, make_config(changes.pop("data.particles"), preset=preset, changes=changes), device=device, on_step=started)
     if is_main():
         finish_training(run, analysis=analysis, kmeans=kmeans, flip_hand=flip_hand, device=device)
 
@@ -662,6 +663,21 @@ def describe_error(
     return 1, f"{type(error).__name__}: {text} (a fault of recon_nb; --debug shows where)"
 
 # %% ../nbs/90_cli.ipynb #a40c71fd
+class HeldMessages(MemoryHandler):
+    "Holds messages back until a run speaks, or `flush` is called."
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:
+        "Return whether the message comes from a run."
+        return record.name == "recon_nb"
+
+# %% ../nbs/90_cli.ipynb #e6fca278
+def release_messages() -> None:
+    "Print the messages that were held back."
+    for handler in logging.getLogger("recon_nb").handlers:
+        if isinstance(handler, HeldMessages):
+            handler.flush()
+
+# %% ../nbs/90_cli.ipynb #5535c2a1
 @contextmanager
 def show_messages(
     verb: str,  # named in front of a message
@@ -670,9 +686,10 @@ def show_messages(
 ) -> Iterator[None]:
     "Print the library's messages to standard error while the block runs."
     logger = logging.getLogger("recon_nb")
-    handler, level = logging.StreamHandler(sys.stderr), logger.level
-    handler.addFilter(lambda record: debug or record.levelno >= logging.WARNING or record.name == "recon_nb")
-    handler.setFormatter(logging.Formatter(f"recon {verb}: %(message)s"))
+    screen, level, is_main = logging.StreamHandler(sys.stderr), logger.level, os.environ.get("RANK", "0") == "0"
+    screen.setFormatter(logging.Formatter(f"recon {verb}: %(message)s"))
+    handler = screen if debug else HeldMessages(10_000, flushLevel=logging.CRITICAL, target=screen, flushOnClose=False)
+    handler.addFilter(lambda record: debug or (is_main and (record.levelno >= logging.WARNING or record.name == "recon_nb")))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     with warnings.catch_warnings():
@@ -680,6 +697,7 @@ def show_messages(
             warnings.simplefilter("ignore")
         try:
             yield
+            handler.flush()
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)

@@ -108,8 +108,6 @@ def encode_others(
     if path.exists() or Path(name).name != name or name.endswith(".npz"):
         raise RunError(f"{path} {'exists already' if path.exists() else 'is no place for latents'}; choose another --name.")
     dataset, config = load_others(run, particles, changes)
-    if dataset.stack.poses is None:
-        raise InputError(f"{particles}: no poses, so its images cannot be centred; give --poses.")
     latents = encode_all(load_model(run, epoch, device=device), dataset)
     save_arrays(path.with_suffix(".npz"), mu=latents.mu, logvar=latents.logvar, particle=latents.particle)
     write_json(path.with_suffix(".json"), {"epoch": epoch, "n_particles": len(latents), "data": config_to_dict(config.data)})

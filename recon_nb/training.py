@@ -7,8 +7,8 @@ __all__ = ['rate_schedules', 'draw_noise', 'compute_learning_rate', 'PoseTable',
            'weigh_terms', 'compute_shares', 'average_sparse_gradient', 'list_parameter_groups', 'Learner', 'build_adam',
            'get_random_state', 'set_random_state', 'Progress', 'EpochStats', 'Meter', 'StopRequest', 'catch_signals',
            'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'walk_epoch', 'fit', 'Stopwatch',
-           'summarize_epoch', 'encode_all', 'build_run_model', 'load_dataset', 'load_model', 'load_pose_table',
-           'encode_epoch', 'train_run']
+           'summarize_epoch', 'encode_all', 'build_run_model', 'log_suspicions', 'load_dataset', 'load_model',
+           'load_pose_table', 'encode_epoch', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, make_generator, pick_device, seed_all
-from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, iterate_batches, load_stack, plan_epoch
+from .consensus import require_poses
+from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, find_warnings, iterate_batches, load_stack, measure_contrast, plan_epoch
 from .fourier import Lattice
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
@@ -604,6 +605,16 @@ def build_run_model(
     return build_model(lattice, **options, bf16=config.train.bf16, seed=config.train.seed)
 
 # %% ../nbs/41_training.ipynb #65999bcc
+def log_suspicions(
+    stack: ParticleStack,  # as read
+) -> None:
+    "Log as warnings what `recon inspect` would say of a stack beyond what reading it has logged."
+    known = {*getattr(stack.table, "warnings", ()), *getattr(stack.images, "warnings", ())}
+    for warning in find_warnings(stack, measure_contrast(stack)):
+        if warning not in known:
+            logging.getLogger("recon_nb.training").warning(warning)
+
+# %% ../nbs/41_training.ipynb #f95036d0
 def load_dataset(
     config: RunConfig,  # names the images
     *,
@@ -615,8 +626,9 @@ def load_dataset(
     if stack is None:
         if not data.particles:
             raise ConfigError("data.particles is empty: name a star, cs, mrcs or txt file, or give a stack.")
-        stack = load_stack(data.particles, datadir=data.datadir, pixel_size=data.pixel_size, box=data.box, invert_contrast=data.invert_contrast,
-                           premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf)
+        stack = require_poses(load_stack(data.particles, datadir=data.datadir, pixel_size=data.pixel_size, box=data.box, invert_contrast=data.invert_contrast,
+                                         premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf))
+        log_suspicions(stack)
     if stack.box != facts.get("box", stack.box):
         raise InputError(f"The images have a box of {stack.box} px, the run was trained at {facts['box']} px; give --box {facts['box']}.")
     return ParticleDataset(stack, window_radius=data.window_radius, window_edge=data.window_edge, in_memory=data.in_memory,
