@@ -49,7 +49,7 @@ def decode_volumes(run: str, epoch: int, rows: np.ndarray) -> dict[str, np.ndarr
     norm = config["dataset_args"]["norm"]
     with torch.no_grad():
         volumes = [model.decoder.eval_volume(lattice.coords, lattice.D, lattice.extent, norm, z[r]).numpy() for r in rows]
-    return {"z": z, "volumes": np.stack(volumes).astype(np.float32)}
+    return {"z": z, "volumes": np.stack(volumes).astype(np.float32), "norm": np.array(norm)}
 
 
 def decode_homogeneous(weights: str, config: str) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from recon_nb.core import Batch, CTFParams, Poses, make_generator, supports_bf16
+from recon_nb.core import Batch, CTFParams, Poses, keep_freed_memory, make_generator, supports_bf16
 from recon_nb.fourier import Lattice
 from recon_nb.models import build_model
 from recon_nb.so3 import sample_rotations
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as training does
     print(f"D={args.box}, {args.threads} threads, bf16 matrix units: {supports_bf16('cpu')}")
     print("network  program   batch  precision  images/s  per CPU s  ratio (wall)  ratio (CPU)")
     for dim in args.dims:

@@ -6,9 +6,10 @@
 __all__ = ['okabe_ito', 'ReconError', 'InputError', 'ConfigError', 'RunError', 'NumericalError', 'suggest_names', 'TensorRecord',
            'Poses', 'CTFParams', 'TiltInfo', 'FlatImages', 'Batch', 'Volume', 'Latents', 'Selection', 'write_atomic',
            'make_generator', 'seed_all', 'pick_device', 'get_rank', 'get_world_size', 'is_main', 'supports_bf16',
-           'autocast_bf16']
+           'autocast_bf16', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #8862da45
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -417,6 +418,16 @@ def autocast_bf16(
     device = torch.device(device)
     on = supports_bf16(device) if enabled == "auto" else bool(enabled)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+# %% ../nbs/00_core.ipynb #e7e1c737
+def keep_freed_memory() -> bool:  # whether the allocator took the advice
+    "Ask glibc to keep freed blocks up to 32 MiB for reuse; does nothing on other systems."
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3  # names of malloc.h
+    return bool(mallopt(m_mmap_threshold, 2**25) and mallopt(m_trim_threshold, 2**31 - 1))
 
 # %% ../nbs/00_core.ipynb #76a61b97
 okabe_ito = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000"]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, make_generator, pick_device, seed_all
+from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, keep_freed_memory, make_generator, pick_device, seed_all
 from .consensus import require_poses
 from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, find_warnings, iterate_batches, load_stack, measure_contrast, plan_epoch
 from .fourier import Lattice
@@ -104,6 +104,7 @@ def join_team(
 ) -> Iterator[torch.device]:
     "Yield this process's device, inside the process group where torchrun started several."
     device = pick_device(str(device))
+    keep_freed_memory()
     if get_world_size() == 1 or dist.is_initialized():
         yield device
         return
