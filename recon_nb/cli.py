@@ -610,8 +610,8 @@ def traverse_latents(
 def show_demo(
     *,
     out: str,  # folder to make, or of an earlier demonstration to go on with
-    n_particles: int = 3000,  # images
-    epochs: int = 16,  # passes over the data
+    n_particles: int = 4000,  # images
+    epochs: int = 18,  # passes over the data
     seed: int = 0,  # fixes everything
     device: str = "auto",  # auto, cpu, cuda, ...
 ) -> None:
@@ -723,6 +723,7 @@ def main(
     words: Sequence[str] | None = None,  # the command line without "recon"; None for that of this process
 ) -> int:  # exit status
     "Run `recon` and return its exit status."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"] + ["--debug"] * debug  # it may stand anywhere

@@ -39,7 +39,7 @@ state_names = ("small", "large", "both")
 # %% ../nbs/50c_demo.ipynb #174e0bde
 def write_demo_particles(
     folder: Path | str,  # to make
-    n_particles: int = 3000,
+    n_particles: int = 4000,
     *,
     box: int = 32,  # px
     seed: int = 0,
@@ -55,7 +55,7 @@ def write_demo_particles(
 def make_demo_config(
     particles: Path | str,  # particles.star
     *,
-    epochs: int = 16,  # passes over the data
+    epochs: int = 18,  # passes over the data
     seed: int = 0,
 ) -> RunConfig:
     "Return the settings of the demonstration."
@@ -131,9 +131,9 @@ def compare_with_truth(
 def run_demo(
     folder: Path | str,  # to make, or of an earlier demonstration to go on with
     *,
-    n_particles: int = 3000,
+    n_particles: int = 4000,
     box: int = 32,  # px
-    epochs: int = 16,  # passes over the data
+    epochs: int = 18,  # passes over the data
     seed: int = 0,
     device: str = "auto",  # where to compute
     **options: object,  # of `analyze_run`
