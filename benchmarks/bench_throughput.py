@@ -1,6 +1,6 @@
 """Training throughput beside cryoDRGN 4.3.1: same networks, same machine, alternating in one run.
 
-    python benchmarks/throughput_cryodrgn.py --peer PATH/TO/PYTHON [--box 64] [--dims 256 1024] [--batches 8 32 128]
+    python benchmarks/bench_throughput.py --peer PATH/TO/PYTHON [--box 64] [--dims 256 1024] [--batches 8 32 128]
 
 Each line is the best of several alternating repetitions, in images per second of wall time and, because machines are shared, per
 CPU second. Both programs do one whole step on random images: centring, CTF, encoder, decoder, loss, backward, Adam.
