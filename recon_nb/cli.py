@@ -94,7 +94,7 @@ class OptionSet:
     section: str = ""  # put before the names that the verb receives
 
 # %% ../nbs/90_cli.ipynb #90695e59
-reading = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf")
+reading = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf", "passthrough")
 
 # %% ../nbs/90_cli.ipynb #7f56c3b5
 option_sets: dict[str, tuple[OptionSet, ...]] = {
@@ -440,7 +440,7 @@ def mask_map(
     print(f"{100 * float(found.data.mean()):.1f} % of the box: {out}")
 
 # %% ../nbs/90_cli.ipynb #3848211d
-path_settings = ("data.datadir", "data.poses", "data.ctf", "data.select")
+path_settings = ("data.datadir", "data.poses", "data.ctf", "data.passthrough", "data.select")
 
 # %% ../nbs/90_cli.ipynb #b74eebdc
 def settle_settings(
@@ -697,7 +697,8 @@ def show_messages(
             warnings.simplefilter("ignore")
         try:
             yield
-            handler.flush()
+            if verb != "inspect":  # which prints them as its result
+                handler.flush()
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)

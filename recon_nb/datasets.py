@@ -112,9 +112,10 @@ def load_stack(
     select: Selection | str | Path | None = None,  # particles to keep, or the .json of a selection
     poses: str | Path | None = None,  # poses beside an .mrcs or .txt
     ctf: str | Path | None = None,  # CTF parameters beside an .mrcs or .txt
+    passthrough: str | Path | None = None,  # companion of a .cs file, joined by uid
 ) -> ParticleStack:
     "Read a particle file; images stay on disk. Raise `InputError` naming file, row or column."
-    table = read_particles(path, datadir=datadir, pixel_size=pixel_size, poses=poses, ctf=ctf)
+    table = read_particles(path, datadir=datadir, pixel_size=pixel_size, poses=poses, ctf=ctf, passthrough=passthrough)
     images = open_stack(table, datadir)
     native = images.box
     if box is not None and not 8 <= box <= native:

@@ -98,6 +98,7 @@ class DataConfig(Section):
     datadir: str | None = None  # folder of the image stacks where the paths in the file do not resolve
     poses: str | None = None  # poses beside an .mrcs or .txt
     ctf: str | None = None  # CTF parameters beside an .mrcs or .txt
+    passthrough: str | None = None  # companion of a .cs file, joined by uid
     pixel_size: float | None = None  # Å, replaces the file's
     box: int | None = None  # px, Fourier-crop the images to this size while reading; null = as stored
     invert_contrast: bool | None = None  # true where particles are dark; null = as the file says
@@ -352,7 +353,7 @@ def describe_inputs(
 ) -> dict[str, Any]:  # ready for JSON
     "Return what a run depends on beside its settings: input files with size and date, versions, machine, command."
     files = {}
-    for name in ("particles", "poses", "ctf", "select"):
+    for name in ("particles", "poses", "ctf", "passthrough", "select"):
         path = getattr(config.data, name)
         if path and Path(path).is_file():
             stat = Path(path).stat()

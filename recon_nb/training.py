@@ -628,7 +628,7 @@ def load_dataset(
         if not data.particles:
             raise ConfigError("data.particles is empty: name a star, cs, mrcs or txt file, or give a stack.")
         stack = require_poses(load_stack(data.particles, datadir=data.datadir, pixel_size=data.pixel_size, box=data.box, invert_contrast=data.invert_contrast,
-                                         premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf))
+                                         premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf, passthrough=data.passthrough))
         log_suspicions(stack)
     if stack.box != facts.get("box", stack.box):
         raise InputError(f"The images have a box of {stack.box} px, the run was trained at {facts['box']} px; give --box {facts['box']}.")

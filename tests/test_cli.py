@@ -87,7 +87,7 @@ def test_verbs_of_the_contract():
 @pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'train', 'encode'])
 def test_verbs_that_take_particles_say_how_to_read_them(verb):
     text = build_parser(verb, verbs[verb]).format_help()
-    for option in ('--datadir', '--pixel-size', '--box', '--invert-contrast', '--select', '--poses', '--ctf'):
+    for option in ('--datadir', '--pixel-size', '--box', '--invert-contrast', '--select', '--poses', '--ctf', '--passthrough'):
         assert option in text
 
 
@@ -348,6 +348,7 @@ slips = {
     'NaN in a pose': ('backproject {faulty}/nan.star -o {new}', ['nan.star', '7']),
     'no poses to train': ('train {faulty}/particles.mrcs -o {new}', ['particles.mrcs', '--poses']),
     'poses of another file': ('inspect {faulty}/particles.mrcs --poses {faulty}/none.star', ['none.star']),
+    'passthrough of a star file': ('inspect {star} --passthrough {faulty}/nan.star', ['--passthrough', '.cs']),
     'selection of another file': ('train {star} -o {new} --select {faulty}/other.json', ['50', '100', 'select']),
     'not a selection': ('inspect {star} --select {faulty}/not.json', ['not.json']),
     'no selection': ('inspect {star} --select {faulty}/none.json', ['none.json']),
