@@ -325,9 +325,22 @@ class Selection:
             raise InputError(f"{path}: not a selection ({error!r}); expected JSON with particles, n_total, reason.") from error
 
 # %% ../nbs/00_core.ipynb #1258f87b
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    "Give a file or folder its name unless something has it; an empty folder counts as nothing."
+    try:
+        if temporary.is_dir():
+            temporary.rename(path)  # the system refuses to rename onto a folder that holds anything
+        else:
+            os.link(temporary, path)
+    except OSError as error:
+        raise FileExistsError(f"{path} exists") from error
+
+# %% ../nbs/00_core.ipynb #c4c22bc7
 @contextmanager
 def write_atomic(
     path: str | Path,  # final name of a file or folder
+    *,
+    replace: bool = True,  # False: raise `FileExistsError` rather than replace what is there, even if it came into being meanwhile
 ) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to `path` when the block ends well, else remove it.
 
@@ -338,7 +351,9 @@ def write_atomic(
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
+        if not replace:
+            _rename_to_new(temporary, path)
+        elif temporary.is_dir() and path.is_dir():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             temporary.rename(path)

@@ -503,13 +503,16 @@ def create_run(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists and is not an empty folder; choose another name with -o.")
     remove_leftovers(path.parent, path.name)
-    with write_atomic(path) as temporary:
-        temporary.mkdir()
-        for name in ("checkpoints", "latents"):
-            (temporary / name).mkdir()
-        write_json(temporary / "inputs.json", inputs if inputs is not None else describe_inputs(config))
-        write_json(temporary / "config.json", config_to_dict(config))
-        sync_to_disk(temporary)
+    try:
+        with write_atomic(path, replace=False) as temporary:
+            temporary.mkdir()
+            for name in ("checkpoints", "latents"):
+                (temporary / name).mkdir()
+            write_json(temporary / "inputs.json", inputs if inputs is not None else describe_inputs(config))
+            write_json(temporary / "config.json", config_to_dict(config))
+            sync_to_disk(temporary)
+    except FileExistsError as error:
+        raise RunError(f"Another process has just made {path}; choose another name with -o.") from error
     return RunFolder(path)
 
 # %% ../nbs/40_runs.ipynb #978cb1cd
