@@ -71,7 +71,7 @@ def start(*words):
 # ---------------------------------------------------------------- help
 
 def test_help_of_every_verb_loads_no_torch():
-    program = ('import contextlib, io, json, sys, time\nbegin = time.perf_counter()\nfrom recon_nb.cli import main, verbs\n'
+    program = ('import contextlib, io, json, sys\nfrom recon_nb.cli import main, verbs\n'
                'for words in [["--help"], *[[verb, "--help"] for verb in verbs]]:\n    with contextlib.redirect_stdout(io.StringIO()):\n        assert main(words) == 0, words\n'
                'heavy = [n for n in ("torch", "numpy", "pandas", "matplotlib", "scipy", "fastcore") if n in sys.modules]\n'
                'sys.stdout.write(json.dumps(heavy))')
@@ -141,6 +141,19 @@ def test_options_of_reading_reach_the_stack(recon, star, tmp_path):
     done = recon('inspect', star, '--json', '--box', 12, '--pixel-size', 12.0, '--invert-contrast', '--select', tmp_path / 'some.json')
     facts = json.loads(done.out)
     assert (facts['n_images'], facts['box'], facts['pixel_size'], facts['inverted']) == (3, 12, 16.0, True)
+
+
+def test_warnings_are_part_of_inspect_and_go_to_standard_error_elsewhere(recon, star, tmp_path):
+    done = recon('inspect', star, '--pixel-size', 12, '--json')
+    assert done.err == '' and any('pixel size' in warning for warning in json.loads(done.out)['warnings'])
+    done = recon('backproject', star, '-o', tmp_path / 'map', '--pixel-size', 12)
+    assert done.status == 0 and re.search(r'^recon backproject: pixel size 12 Å was given', done.err, re.M) and 'pixel size' not in done.out
+
+
+def test_suspicions_about_the_images_reach_screen_and_log(recon, star, tmp_path):
+    done = recon('train', star, '-o', tmp_path / 'run', '--invert-contrast', '--no-analysis', *tiny, '--epochs', 1)
+    assert done.status == 0 and 'look dark' in done.err
+    assert 'look dark' in (tmp_path / 'run/log.txt').read_text()
 
 
 def test_stacks_are_found_in_datadir(recon, data, tmp_path):
@@ -459,7 +472,7 @@ def test_signal_ends_training_with_status_0_and_resume_goes_on(star, tmp_path, n
 @pytest.mark.slow
 def test_one_process_of_torchrun_analyses(star, tmp_path):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
-    words = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29517', '-m', 'recon_nb.cli']
+    words = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'recon_nb.cli']
     command = ['train', star, '-o', tmp_path / 'run', *tiny, '--epochs', 1, '--kmeans', 2]
     done = subprocess.run([sys.executable, *words, *map(str, command)], cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
