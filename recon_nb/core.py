@@ -12,6 +12,7 @@ __all__ = ['okabe_ito', 'ReconError', 'InputError', 'ConfigError', 'RunError', '
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -333,6 +334,8 @@ def _rename_to_new(temporary: Path, path: Path) -> None:
         else:
             os.link(temporary, path)
     except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
         raise FileExistsError(f"{path} exists") from error
 
 # %% ../nbs/00_core.ipynb #c4c22bc7

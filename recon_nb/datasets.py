@@ -222,7 +222,7 @@ class ParticleDataset:
         self.first = torch.cumsum(self.counts, 0) - self.counts
         sample = self._read_sample()
         self.subtract_background = has_offset(sample, self.window) if subtract_background is None else subtract_background
-        self.scale = measure_scale(self._center(sample) * self.window) if scale is None else float(scale)
+        self.scale = measure_scale(self._center(sample)) if scale is None else float(scale)
         self.cache: Tensor | None = None
         if in_memory is True or (in_memory == "auto" and 8 * stack.n_images * self.lattice.n_coefficients < find_free_memory() / 2):
             self.cache = self._fill_cache()
@@ -296,9 +296,9 @@ class ParticleDataset:
 
 # %% ../nbs/21_datasets.ipynb #9d7207bc
 def measure_scale(
-    images: Tensor,  # (n, D, D) windowed
+    images: Tensor,  # (n, D, D), not windowed
 ) -> float:
-    "Return the root mean square of the Fourier pixels of some images; raise `InputError` where they are empty or not finite."
+    "Return the root mean square of the Fourier pixels of some images (cryoDRGN's norm); raise `InputError` where they are empty or not finite."
     scale = float(images.double().square().sum(dim=(-2, -1)).mean().sqrt())
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(f"The images have a root mean square of {scale}: they are empty or hold NaN; check the stack and --datadir.")
