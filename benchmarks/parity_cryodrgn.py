@@ -9,10 +9,12 @@
 
 Both train a VAE of 256x3 networks, Z = 8, batch 8, Adam at 1e-4, 20 epochs, on true poses. Scores: per-image FSC AUC and dAUC over 100 particles
 (`recon_nb.heterogeneity`), for labels the accuracy of a 20-nearest-neighbour vote held out in five folds, for a coordinate kNN correlation
-(`recon_nb.latent`); and the training loss, a mean squared error of the same windowed images in both programs, in the unit of ours. One training run takes 5 to 30 CPU minutes.
+(`recon_nb.latent`); and the training loss, a mean
+squared error of the same windowed images in both programs, in units of the noise power that each program's window leaves (its edge is linear, ours a cosine). One training run takes 5 to 30 CPU minutes.
 """
 
 import argparse
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -61,6 +63,15 @@ def read_truth(data: Path) -> tuple[np.ndarray, list[torch.Tensor], bool]:
     return label, volumes, len(volumes) < 10
 
 
+def measure_noise(data: Path) -> dict[str, float]:
+    """Return the noise in a Fourier pixel after a window with linear (cryoDRGN) and cosine (recon_nb) edge, both from .85 to .99 of half the box."""
+    facts = json.loads((data / "simulation.json").read_text())
+    axis = torch.arange(facts["box"]) / (facts["box"] / 2) - 1
+    ramp = ((axis[:, None].square() + axis.square()).sqrt() - 0.85).div(0.14).clamp(0, 1)
+    windows = {"linear": 1 - ramp, "cosine": 0.5 + 0.5 * torch.cos(torch.pi * ramp)}
+    return {name: float(facts["noise_sigma"] * window.square().sum().sqrt()) for name, window in windows.items()}
+
+
 def vote_labels(z: np.ndarray, label: np.ndarray, k: int = 20, n_folds: int = 5) -> float:
     """Return the share of particles whose class the majority of their k nearest held-out neighbours has."""
     from scipy.spatial import cKDTree
@@ -84,19 +95,19 @@ def score_epoch(z: np.ndarray, decode, rows: np.ndarray, truth: tuple[np.ndarray
     return {"auc": scores["auc"], "dauc": scores["dauc"], "knn_accuracy" if is_classes else "knn": quality}
 
 
-def score_ours(run_path: Path, rows: np.ndarray, truth: tuple) -> pd.DataFrame:
+def score_ours(run_path: Path, rows: np.ndarray, truth: tuple, *, noise: dict[str, float]) -> pd.DataFrame:
     """Return the scores of one of our runs by epoch."""
     run, table = open_run(run_path), []
     log = read_log(run)
     for epoch in EPOCHS:
         z = run.load_latents(epoch).mu
         model = load_model(run, epoch, device="cpu")
-        table.append({"epoch": epoch, "recon": log["recon"][epoch - 1], "kl": log["kl"][epoch - 1],
+        table.append({"epoch": epoch, "recon": log["recon"][epoch - 1] * (run.inputs["data"]["scale"] / noise["cosine"]) ** 2, "kl": log["kl"][epoch - 1],
                       **score_epoch(z.numpy(), lambda i: model.decode_volume(z[rows[i]]), rows, truth)})
     return pd.DataFrame(table)
 
 
-def score_peer(run: Path, rows: np.ndarray, truth: tuple, *, peer_bin: Path, scale: float) -> pd.DataFrame:
+def score_peer(run: Path, rows: np.ndarray, truth: tuple, *, noise: dict[str, float], peer_bin: Path) -> pd.DataFrame:
     """Return the scores of the peer's run by epoch."""
     text = (run / "log").read_text()
     losses = re.findall(r"Epoch: (\d+) Average gen loss = ([\d.]+), KLD = ([\d.]+)", text)
@@ -110,8 +121,7 @@ def score_peer(run: Path, rows: np.ndarray, truth: tuple, *, peer_bin: Path, sca
         subprocess.run([peer_bin / "python", script, "volumes", run, "--epoch", str(epoch), "--particles", run / "rows.txt", "-o", out], check=True)
         content = np.load(out)
         volumes = -torch.from_numpy(content["volumes"])  # its CTF has the opposite sign, so bright particles give a dark map
-        unit = (content["norm"][1] / scale) ** 2  # the programs divide images by different numbers
-        table.append({"epoch": epoch, "recon": float(losses[epoch - 1][1]) * unit, "kl": float(losses[epoch - 1][2]),
+        table.append({"epoch": epoch, "recon": float(losses[epoch - 1][1]) * (content["norm"][1] / noise["linear"]) ** 2, "kl": float(losses[epoch - 1][2]),
                       **score_epoch(content["z"], lambda i: volumes[i], rows, truth)})
     return pd.DataFrame(table)
 
@@ -120,9 +130,9 @@ def score(data: Path, folder: Path, peer_bin: Path) -> None:
     """Score every run below a folder; print the last epochs and write parity.csv."""
     truth = read_truth(data)
     rows = torch.randperm(len(truth[0]), generator=make_generator(0, "parity"))[:N_SCORED].numpy()
-    scale, tables = open_run(folder / "ours_0").inputs["data"]["scale"], []
+    noise, tables = measure_noise(data), []
     for run in sorted(p for p in folder.iterdir() if p.is_dir()):
-        one = score_peer(run, rows, truth, peer_bin=peer_bin, scale=scale) if run.name == "peer" else score_ours(run, rows, truth)
+        one = score_peer(run, rows, truth, noise=noise, peer_bin=peer_bin) if run.name == "peer" else score_ours(run, rows, truth, noise=noise)
         tables.append(one.assign(run=run.name))
     table = pd.concat(tables)
     table.to_csv(folder / "parity.csv", index=False)
