@@ -55,7 +55,7 @@ def downsample_particles(
     box: int,  # px, new
     *,
     datadir: str | Path | None = None,  # where else the stacks may lie
-    invert_contrast: bool | None = None,  # None: as the input file says
+    invert_contrast: bool | None = None,  # particles are dark; None = as the input file says
     chunk_bytes: int = 2**27,  # of images held at a time
 ) -> ParticleTable:  # of the new stack, as written
     """Write a Fourier-cropped copy of all images to `out` and its metadata beside it, as `.star`, and `.cs` if it came so.
@@ -75,9 +75,8 @@ def downsample_particles(
     changes = {"stack": out.name, "pixel_size": pixel_size, "box": box}
     if isinstance(table.source, CryosparcSource):
         records = table.source.records.copy()
-        if table.contrast_sign is not None:
-            records["blob/sign"] *= sign
-            table = replace(table, contrast_sign=table.contrast_sign * sign)
-        table = replace(table, source=CryosparcSource(records))
+        if "blob/sign" in records.dtype.names:
+            records["blob/sign"] = 1  # what was written is bright
+        table = replace(table, source=CryosparcSource(records), contrast_sign=1)
         write_particles(out.with_suffix(".cs"), table, **changes)
     return write_particles(star, table, **changes)

@@ -142,7 +142,7 @@ def read_volume(
     path: str | Path,  # .mrc
     pixel_size: float | None = None,  # Å; overrides the header
 ) -> Volume:
-    "Read a cubic map, axes z y x; raise `InputError` where it is no cube or its pixel size is unknown."
+    "Read a cubic map, axes z y x; raise `InputError` where it is no cube, holds NaN, or its pixel size is unknown."
     header = read_mrc_header(path)
     if len(set(header.shape)) != 1:
         raise InputError(f"{path}: {header.shape[2]} x {header.shape[1]} x {header.shape[0]} voxels (x, y, z) are not a cube; crop or pad the map first.")
@@ -153,6 +153,8 @@ def read_volume(
             raise InputError(f"{path}: the voxels are not cubes (pixel sizes differ by {header.anisotropy:.1%}); resample the map, or give --pixel-size.")
         pixel_size = header.pixel_size
     data = read_sections(header, 0, header.shape[0]).astype(np.float32)
+    if not np.isfinite(data).all():
+        raise InputError(f"{path}: {np.count_nonzero(~np.isfinite(data))} of {data.size} voxels are NaN or infinite; make the map again.")
     stored = [3 - axis for axis in header.axes[::-1]]  # which of z, y, x each array axis runs along
     data = np.ascontiguousarray(np.transpose(data, np.argsort(stored)))
     return Volume(torch.from_numpy(data), float(pixel_size), header.origin)
@@ -267,7 +269,15 @@ class LazyStack:
         for run in np.split(order, np.flatnonzero(jumps) + 1):
             if run.size:
                 images[run] = read_sections(self.headers[file_index[run[0]]], int(slices[run[0]]), run.size)
+        self._require_finite(images, flat)
         return images if wanted.ndim else images[0]
+
+    def _require_finite(self, images: np.ndarray, rows: np.ndarray) -> None:
+        finite = np.isfinite(images).all(axis=(1, 2))
+        if not finite.all():
+            row = rows[np.argmin(finite)]
+            path, image = self.headers[self.file_index[row]].path, self.slices[row] + 1
+            raise InputError(f"row {row}: image {image} of {path} holds NaN or infinity; leave that row out, or extract the image again.")
 
 # %% ../nbs/20_files.ipynb #55c8c0f1
 def open_mrc_stack(

@@ -483,3 +483,36 @@ def test_simulated_table_becomes_relion31(tmp_path):
     blocks = starfile.read(tmp_path / 'a.star')
     assert list(blocks) == ['optics', 'particles'] and len(blocks['optics']) == 2
     assert re.search(r'^# version 30001$', (tmp_path / 'a.star').read_text(), re.M)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_image_that_is_not_finite_is_named(tmp_path, value):
+    images = np.zeros((6, 8, 8), np.float32)
+    images[4, 2, 3] = value
+    with mrcfile.new(tmp_path / 'a.mrcs') as file:
+        file.set_data(images)
+    stack = open_mrc_stack(tmp_path / 'a.mrcs').select(np.array([5, 4, 0]))
+    assert not stack[[0, 2]].any()
+    refuse(lambda: stack[:], 'row 1', 'image 5', 'a.mrcs', 'NaN')
+    with mrcfile.new(tmp_path / 'map.mrc') as file:
+        file.set_data(np.full((4, 4, 4), value, np.float32))
+        file.voxel_size = 2.0
+    refuse(lambda: read_volume(tmp_path / 'map.mrc'), 'map.mrc', '64 of 64')
+
+
+@pytest.mark.parametrize('stored', [1, -1])
+@pytest.mark.parametrize('asked', [None, True, False])
+def test_downsampled_cs_is_bright_whoever_said_so(tmp_path, stored, asked):
+    """Were the new cs file to keep a sign of -1, the next reader would negate the images once more."""
+    images = np.random.default_rng(0).normal(size=(3, 16, 16)).astype(np.float32)
+    write_stack(tmp_path / 'a.mrcs', images, 2.0)
+    records = np.zeros(3, [('uid', 'u8'), ('blob/path', 'S10'), ('blob/idx', 'u4'), ('blob/shape', 'u4', 2), ('blob/psize_A', 'f4'), ('blob/sign', 'f4')])
+    records['blob/path'], records['blob/idx'], records['blob/shape'], records['blob/psize_A'], records['blob/sign'] = b'a.mrcs', range(3), 16, 2.0, stored
+    with (tmp_path / 'a.cs').open('wb') as file:
+        np.save(file, records)
+    downsample_particles(read_particles(tmp_path / 'a.cs'), tmp_path / 'b.mrcs', 16, invert_contrast=asked)
+    sign = stored if asked is None else -1 if asked else 1
+    again = read_particles(tmp_path / 'b.cs')
+    assert again.contrast_sign == 1
+    for table in (again, read_particles(tmp_path / 'b.star')):
+        np.testing.assert_allclose(open_stack(table)[:], sign * images, atol=1e-6)
