@@ -17,7 +17,7 @@ import torch
 
 from .core import InputError, Latents, RunError, write_atomic
 from .datasets import ParticleDataset, measure_background, measure_scale
-from .runs import DataConfig, RunConfig, RunFolder, config_to_dict, save_arrays, update_config, write_json
+from .runs import DataConfig, RunConfig, RunFolder, config_to_dict, require_same_files, save_arrays, update_config, write_json
 from .training import encode_all, load_dataset, load_model, load_pose_table, settle_data
 
 # %% ../nbs/41a_encoding.ipynb #c6e9860b
@@ -45,6 +45,7 @@ def encode_own(
     epoch = choose_weights(run, epoch)
     path = run.path / "latents" / f"{epoch:04d}.npz"
     if not path.exists():
+        require_same_files(run)
         dataset = load_dataset(update_config(run.config, changes), facts=run.inputs.get("data", {}))
         settle_data(run, dataset)
         model, table = load_model(run, epoch, device=device), load_pose_table(run, dataset, epoch)

@@ -6,13 +6,15 @@
 __all__ = ['presets', 'adjustable', 'accepts_type', 'describe_type', 'Section', 'DataConfig', 'ModelConfig', 'TrainConfig',
            'RunConfig', 'config_to_dict', 'config_from_dict', 'update_config', 'make_config', 'Checkpoint',
            'sync_to_disk', 'write_checkpoint', 'read_checkpoint', 'list_checkpoints', 'split_tree', 'join_tree',
-           'write_json', 'describe_inputs', 'RunFolder', 'remove_folder', 'save_arrays', 'load_arrays', 'is_run',
-           'create_run', 'open_run', 'remove_leftovers', 'resume_run', 'append_log', 'read_log', 'attach_handler',
-           'collect_log', 'record_log', 'write_particles_csv']
+           'write_json', 'describe_file', 'describe_inputs', 'RunFolder', 'remove_folder', 'save_arrays', 'load_arrays',
+           'is_run', 'create_run', 'open_run', 'remove_leftovers', 'require_same_files', 'lock_run', 'resume_run',
+           'append_log', 'read_log', 'attach_handler', 'collect_log', 'record_log', 'write_particles_csv']
 
 # %% ../nbs/40_runs.ipynb #d9427b00
 import csv
 import dataclasses
+import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -348,19 +350,24 @@ def write_json(
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 # %% ../nbs/40_runs.ipynb #450aab8b
+def describe_file(
+    path: str | Path,  # an input file; not an image stack
+) -> dict[str, Any]:  # ready for JSON
+    "Return path, size, date and SHA-256 of a file."
+    stat = Path(path).stat()
+    changed = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(Path(path).resolve()), "bytes": stat.st_size, "changed": changed, "sha256": digest}
+
+# %% ../nbs/40_runs.ipynb #f535c66e
 def describe_inputs(
     config: RunConfig,  # names the input files
 ) -> dict[str, Any]:  # ready for JSON
-    "Return what a run depends on beside its settings: input files with size and date, versions, machine, command."
-    files = {}
-    for name in ("particles", "poses", "ctf", "passthrough", "select"):
-        path = getattr(config.data, name)
-        if path and Path(path).is_file():
-            stat = Path(path).stat()
-            changed = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
-            files[name] = {"path": str(Path(path).resolve()), "bytes": stat.st_size, "changed": changed}
+    "Return what a run depends on beside its settings: input files, versions, machine, command."
+    named = {name: getattr(config.data, name) for name in ("particles", "poses", "ctf", "passthrough", "select")}
     return {
-        "files": files,
+        "files": {name: describe_file(path) for name, path in named.items() if path and Path(path).is_file()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": {"system": platform.platform(), "n_cores": os.cpu_count()},
         "command": " ".join(sys.argv),
@@ -535,6 +542,31 @@ def remove_leftovers(
         if pattern.fullmatch(item.name):
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
+# %% ../nbs/40_runs.ipynb #1c80d8b2
+def require_same_files(
+    run: RunFolder,
+) -> None:
+    "Raise `RunError` where an input file of the run has other contents than when the run began; one that is gone is left to its reader."
+    for noted in run.inputs.get("files", {}).values():
+        path = Path(noted["path"])
+        if "sha256" in noted and path.is_file() and describe_file(path)["sha256"] != noted["sha256"]:
+            raise RunError(f"{path} has changed since {run.path} began: its rows may mean other particles. Put the old file back, or start a new run with -o.")
+
+# %% ../nbs/40_runs.ipynb #5a62b8bb
+@contextmanager
+def lock_run(
+    run: RunFolder,
+) -> Iterator[None]:
+    "Keep other processes from training in a run while the block runs; raise `RunError` where one does."
+    with open(run.path / "log.txt", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"Another process is training in {run.path}; wait for it, or stop it first.") from error
+        except OSError as error:  # file systems without locks
+            logging.getLogger("recon_nb").info("%s cannot be locked (%s)", run.path, error)
+        yield
+
 # %% ../nbs/40_runs.ipynb #ff9de2db
 adjustable = ("train.epochs", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_last",
               "train.encode_every", "train.n_workers", "data.in_memory", "data.datadir")  # settings that a resumed run may change
@@ -544,8 +576,9 @@ def resume_run(
     path: str | Path,  # an existing run
     changes: Mapping[str, Any] = types.MappingProxyType({}),  # dotted name to value; only names in `adjustable` may differ
 ) -> RunFolder:
-    "Open a run to go on with it: clear leftovers of a kill, note changed settings; raise `ConfigError` for others."
+    "Open a run to go on with it: clear leftovers of a kill, note changed settings; raise `ConfigError` for others, `RunError` for changed files."
     run = open_run(path)
+    require_same_files(run)
     for folder in (run.path, *(run.path / name for name in ("checkpoints", "latents", "poses"))):
         remove_leftovers(folder)
     before = run.config

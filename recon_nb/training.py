@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +38,7 @@ from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows,
 from .fourier import Lattice
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
-from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, collect_log, create_run, join_tree, open_run, record_log, resume_run, split_tree, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, collect_log, create_run, join_tree, lock_run, open_run, record_log, resume_run, split_tree, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 
 # %% ../nbs/41_training.ipynb #b8ec0225
@@ -699,10 +699,11 @@ def train_run(
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,  # called with epoch, step, losses of the joint batch
 ) -> RunFolder:
     "Train from settings to latents, as `recon train` does, or go on where a run stopped."
-    with join_team(device) as device:
+    with join_team(device) as device, ExitStack() as held:
         is_new, facts = config is not None, {}
         if not is_new:
             if is_main():
+                held.enter_context(lock_run(open_run(path)))
                 resume_run(path, changes)
             wait_for_team()
             config, facts = open_run(path).config, open_run(path).inputs.get("data", {})
@@ -710,7 +711,9 @@ def train_run(
             dataset = load_dataset(config, stack=stack, facts=facts)
             model = build_run_model(config, dataset.lattice)
         if is_new and is_main():
-            write_particles_csv(create_run(path, config), dataset.stack.source_row, dataset.stack.particle)
+            held.enter_context(lock_run(create_run(path, config)))
+        if is_main():
+            write_particles_csv(open_run(path), dataset.stack.source_row, dataset.stack.particle)
         wait_for_team()
         run = open_run(path)
         with record_log(run, earlier) if is_main() else nullcontext(logging.getLogger("recon_nb")) as logger:

@@ -22,6 +22,7 @@ from recon_nb.runs import (
     config_to_dict,
     create_run,
     join_tree,
+    lock_run,
     make_config,
     open_run,
     presets,
@@ -163,3 +164,29 @@ def test_run_survives_sigkill_during_creation(tmp_path):
     create_run(tmp_path / 'a', RunConfig())
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a']
     assert signal.SIGKILL  # the platform has it
+
+
+def test_run_is_not_gone_on_with_after_its_particle_file_changed(tmp_path):
+    """As many rows in another order: every particle would take the latents of another."""
+    star = tmp_path / 'a.star'
+    star.write_text('1\n2\n')
+    config = make_config(str(star))
+    create_run(tmp_path / 'run', config)
+    resume_run(tmp_path / 'run')
+    star.write_text('2\n1\n')
+    with pytest.raises(RunError, match='a.star has changed'):
+        resume_run(tmp_path / 'run')
+    star.write_text('1\n2\n')  # a copy with a new date is the same file
+    resume_run(tmp_path / 'run')
+
+
+def test_one_process_trains_in_a_run(tmp_path):
+    run = create_run(tmp_path / 'a', RunConfig())
+    program = f'from recon_nb.runs import *\nwith lock_run(open_run({str(run.path)!r})):\n    print("held", flush=True)\n    import time; time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == 'held\n'
+        with pytest.raises(RunError, match='Another process'), lock_run(run):
+            pass
+        holder.kill()
+    with lock_run(run):
+        pass
