@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .core import InputError, Volume, okabe_ito, write_atomic
-from .volumes import apply_radial_filter, check_same_grid, low_pass
+from .volumes import apply_radial_filter, check_same_grid, low_pass, require_mask
 
 # %% ../nbs/13a_fsc.ipynb #220394cb
 @dataclass(frozen=True)
@@ -113,10 +113,11 @@ def compute_fsc(
     *,
     mask: Volume | None = None,  # (D, D, D) multiplies both maps, 0 to 1
 ) -> FSCCurve:
-    "Return the Fourier shell correlation of two maps; raise `InputError` when their grids differ."
+    "Return the Fourier shell correlation of two maps; raise `InputError` when their grids differ, or the mask is none."
     check_same_grid(a, b)
     x, y = a.data, b.data
     if mask is not None:
+        require_mask(mask)
         check_same_grid(a, mask)
         x, y = x * mask.data, y * mask.data
     fsc = correlate_shells(torch.fft.rfftn(x), torch.fft.rfftn(y), get_shells(a.box, a.data.device))
