@@ -367,7 +367,7 @@ def inspect_run(
     data = run.config.data
     if not data.particles:
         return {"warnings": ["The images were made in memory and cannot be inspected again."]}
-    names = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf")
+    names = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf", "passthrough")
     try:
         return inspect_stack(load_stack(data.particles, **{name: getattr(data, name) for name in names}))
     except (ReconError, OSError) as error:

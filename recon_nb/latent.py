@@ -579,6 +579,8 @@ def generate_volumes(
 ) -> Iterator[Volume]:
     "Decode and finish one volume after the other; raise `NumericalError` where the decoder answers with NaN."
     box = model.lattice.box if box is None else box
+    if not 2 <= box <= model.lattice.box:
+        raise InputError(f"A volume of {box} px cannot be made of images of {model.lattice.box} px; choose a box from 2 to {model.lattice.box}.")
     pixel_size = model.lattice.pixel_size * model.lattice.box / box
     points = [None] if z is None else torch.tensor(to_points(z), dtype=torch.float32)
     for number, point in enumerate(points):

@@ -481,6 +481,8 @@ def choose_states(
     weights = [1.0] * n_states if weights is None else list(weights)
     if len(names) != n_states or len(weights) != n_states or len(set(names)) != n_states:
         raise InputError(f"{n_states} volumes, {len(weights)} weights and {len(set(names))} different names; give one of each per volume.")
+    if labels is None and n < 1:
+        raise InputError(f"{n} particles cannot be simulated; ask for 1 or more.")
     if labels is None:
         return draw_labels(n, weights, make_generator(seed, "simulate", "labels")), names
     labels = torch.as_tensor(labels).long()

@@ -489,3 +489,15 @@ def test_demo_goes_on_where_it_was(recon, tmp_path):
     report = Path(re.search(r'^report: +(.*)$', done.out, re.M)[1])
     assert report.exists() and (tmp_path / 'demo/overview.png').exists()
     assert recon('demo', '-o', tmp_path / 'demo', *options).out.splitlines()[-1] == done.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize('words, part', [
+    (['backproject', '{star}', '-o', '{out}', '--first', '-2'], 'first -2'),
+    (['simulate', '-o', '{out}', '--n-particles', '0'], '0 particles'),
+    (['simulate', '-o', '{out}', '--n-particles', '-5'], '-5 particles'),
+    (['volumes', '{run}', '-o', '{out}', '--kmeans', '2', '--box', '0'], 'A volume of 0 px'),
+])
+def test_numbers_that_make_no_sense(recon, star, trained, tmp_path, words, part):
+    names = {'star': star, 'run': trained, 'out': tmp_path / 'out'}
+    done = recon(*[word.format(**names) for word in words])
+    assert done.status == 2 and part in done.err, done.err
