@@ -57,7 +57,7 @@ def find_mask_threshold(
     low, median, high = np.percentile(volume.data.detach().cpu().numpy(), [0.01, 50, 99.99])
     if not high > 0:
         raise InputError(f"The 99.99th percentile of the map is {high:.3g}: the particle is not bright. Invert the contrast or give a threshold.")
-    if median - low > high - median:
+    if median - low > 1.5 * (high - median):
         raise InputError(f"The map reaches from {low:.3g} to {high:.3g} around {median:.3g}: the particle is not bright. Invert the contrast or give a threshold.")
     return float(high) / 2
 
