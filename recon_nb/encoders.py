@@ -48,5 +48,7 @@ class ImageEncoder(nn.Module):
         if transfer is not None:
             images = flip_phases(images, transfer[:, 0, : self.n_coefficients])
         features = torch.view_as_real(images).flatten(1) * math.sqrt(2.0)
-        mu, logvar = self.network(features).float().chunk(2, dim=-1)
+        hidden = self.network[:-1](features)
+        with torch.autocast(features.device.type, enabled=False):  # 8 bits would put the latents on a coarse grid
+            mu, logvar = self.network[-1](hidden.float()).chunk(2, dim=-1)
         return mu, logvar
