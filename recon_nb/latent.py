@@ -582,13 +582,14 @@ def generate_volumes(
     if not 2 <= box <= model.lattice.box:
         raise InputError(f"A volume of {box} px cannot be made of images of {model.lattice.box} px; choose a box from 2 to {model.lattice.box}.")
     pixel_size = model.lattice.pixel_size * model.lattice.box / box
+    origin = (model.lattice.pixel_size * (model.lattice.box // 2) - pixel_size * (box // 2),) * 3  # of odd boxes; the centre stays in place
     points = [None] if z is None else torch.tensor(to_points(z), dtype=torch.float32)
     for number, point in enumerate(points):
         with torch.no_grad():
             data = model.decode_volume(point, box).float().cpu()
         if not bool(torch.isfinite(data).all()):
             raise NumericalError(f"The decoded volume {number} is not finite; the run diverged: use an earlier epoch.")
-        yield finish_volume(Volume(data, pixel_size), scale=scale, invert=invert, low_pass=low_pass, flip_hand=flip_hand)
+        yield finish_volume(Volume(data, pixel_size, origin), scale=scale, invert=invert, low_pass=low_pass, flip_hand=flip_hand)
 
 # %% ../nbs/50_latent.ipynb #585ca3bf
 def make_montage(

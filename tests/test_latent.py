@@ -335,3 +335,17 @@ def test_report_says_what_is_wrong_with_the_images(tmp_path):
     write_stack(tmp_path / 'images' / 'particles.mrcs', -simulated.stack.images, 24.0)
     sick = analyze_run(run, **options).read_text()
     assert sick.count('<li>') == healthy.count('<li>') + 1
+
+
+@pytest.mark.parametrize('native, asked', [(32, 24), (33, 24), (33, 33), (32, 23)])
+def test_centre_of_a_volume_stays_in_place_on_fewer_voxels(native, asked):
+    """Viewers put maps where their headers say; the centre of an odd box lies half a voxel elsewhere."""
+    class Constant(torch.nn.Module):
+        lattice = Lattice(native, 3.0)
+
+        def decode_volume(self, z, box):
+            return torch.ones(box, box, box)
+
+    volume = next(generate_volumes(Constant(), torch.zeros(1, 2), box=asked))
+    assert volume.pixel_size * asked == pytest.approx(3.0 * native)
+    assert volume.origin[0] + volume.pixel_size * (asked // 2) == pytest.approx(3.0 * (native // 2))
