@@ -273,7 +273,10 @@ class Selection:
     reason: str = ""  # how the set came about, for people
 
     def __post_init__(self) -> None:
-        chosen = tuple(sorted({int(p) for p in self.particles}))
+        given = np.asarray(self.particles if hasattr(self.particles, "__array__") else tuple(self.particles))
+        if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
+            raise InputError(f"A selection lists whole numbers of particles; found {given.dtype} of shape {given.shape}. np.flatnonzero turns a mask into them.")
+        chosen = tuple(np.unique(given).tolist()) if given.size else ()
         if chosen and not (0 <= chosen[0] and chosen[-1] < self.n_total):
             raise InputError(f"Selection names particle {chosen[0] if chosen[0] < 0 else chosen[-1]}, but there are only particles 0 to {self.n_total - 1}.")
         object.__setattr__(self, "particles", chosen)

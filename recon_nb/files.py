@@ -1467,6 +1467,10 @@ def read_relion_beside(
 ) -> dict[str, np.ndarray]:  # columns of a ParticleTable
     "Read poses or CTF from a star file, row for row."
     other = read_relion(path, pixel_size=table.pixel_size, with_ctf=kind == "ctf")
+    here, there = (list(zip((s.rpartition("/")[2] for s in t.rows["stack"]), t.rows["slice"])) for t in (table, other))
+    if len(here) == len(there) and here != there and set(here) == set(there):
+        row = next(i for i, (a, b) in enumerate(zip(here, there)) if a != b)
+        raise InputError(f"{other.source.table.locate(row)}: the same images as in {table.path}, but in another order from row {row} on; bring both files into one order.")
     _ = other.get_ctf() if kind == "ctf" else other.get_poses()
     return {name: other.rows[name].to_numpy() for name in other.rows}
 

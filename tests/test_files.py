@@ -516,3 +516,17 @@ def test_downsampled_cs_is_bright_whoever_said_so(tmp_path, stored, asked):
     assert again.contrast_sign == 1
     for table in (again, read_particles(tmp_path / 'b.star')):
         np.testing.assert_allclose(open_stack(table)[:], sign * images, atol=1e-6)
+
+
+def test_poses_of_the_same_images_in_another_order_are_refused(tmp_path):
+    """They match row for row in number, and every image would take the pose of another."""
+    rows = pandas.DataFrame({'stack': 'a/s.mrcs', 'slice': range(4), 'particle': range(4), 'shift_x': 0.0, 'shift_y': 0.0})
+    rows = rows.assign(euler_rot=[10.0, 20.0, 30.0, 40.0], euler_tilt=5.0, euler_psi=0.0)
+    order = np.array([0, 2, 1, 3])
+    write_particles(tmp_path / 'images.star', ParticleTable(rows, 2.0, 8))
+    write_particles(tmp_path / 'sorted.star', ParticleTable(rows.assign(stack='b/s.mrcs'), 2.0, 8))
+    write_particles(tmp_path / 'mixed.star', ParticleTable(rows.iloc[order].reset_index(drop=True), 2.0, 8))
+    write_particles(tmp_path / 'renamed.star', ParticleTable(rows.assign(stack='t.mrcs').iloc[order].reset_index(drop=True), 2.0, 8))
+    refuse(lambda: read_particles(tmp_path / 'images.star', poses=tmp_path / 'mixed.star'), 'mixed.star row 1', 'images.star', 'order')
+    for name, angles in (('sorted', [10, 20, 30, 40]), ('renamed', [10, 30, 20, 40])):  # of other names: row for row, as the user says
+        assert read_particles(tmp_path / 'images.star', poses=tmp_path / f'{name}.star').rows['euler_rot'].tolist() == angles
