@@ -403,7 +403,8 @@ def find_warnings(
     "List what looks wrong with a stack."
     found = [*getattr(stack.table, "warnings", ()), *getattr(stack.images, "warnings", ())]
     if contrast < -4:
-        found.append(f"Particles look dark ({contrast:.0f} standard errors); add --invert-contrast if they are.")
+        remedy = "add --invert-contrast if they are" if stack.sign > 0 else "they were inverted while reading: try --no-invert-contrast"
+        found.append(f"Particles look dark ({contrast:.0f} standard errors); {remedy}.")
     if stack.poses is None:
         found.append("There are no poses: heterogeneous training and backprojection need them.")
     elif float(stack.poses.shift.abs().max()) > stack.box * stack.pixel_size / 4:

@@ -501,3 +501,9 @@ def test_numbers_that_make_no_sense(recon, star, trained, tmp_path, words, part)
     names = {'star': star, 'run': trained, 'out': tmp_path / 'out'}
     done = recon(*[word.format(**names) for word in words])
     assert done.status == 2 and part in done.err, done.err
+
+
+def test_dark_particles_that_were_inverted_are_not_to_be_inverted(recon, star):
+    warned = recon('inspect', star, '--invert-contrast').out
+    assert 'look dark' in warned and 'try --no-invert-contrast' in warned
+    assert 'look dark' not in recon('inspect', star).out
