@@ -405,6 +405,10 @@ def find_warnings(
     if contrast < -4:
         remedy = "add --invert-contrast if they are" if stack.sign > 0 else "they were inverted while reading: try --no-invert-contrast"
         found.append(f"Particles look dark ({contrast:.0f} standard errors); {remedy}.")
+    rows = getattr(stack.table, "rows", ())
+    n_again = int(rows.iloc[stack.source_row.numpy()].duplicated(["stack", "slice"]).sum()) if {"stack", "slice"} <= set(rows) else 0
+    if n_again:
+        found.append(f"{n_again} of {stack.n_images} rows name an image that an earlier row names; duplicates count twice, and half-maps that share images agree too well. Remove them.")
     if stack.poses is None:
         found.append("There are no poses: heterogeneous training and backprojection need them.")
     elif float(stack.poses.shift.abs().max()) > stack.box * stack.pixel_size / 4:
@@ -454,7 +458,9 @@ def inspect_stack(
     if stack.tilt is not None:
         counts = torch.unique(stack.particle, return_counts=True)[1]
         info |= {"tilts_per_particle": [int(counts.min()), int(counts.max())], "dose_range": limits(stack.tilt.dose), "tilt_range": limits(stack.tilt.tilt_angle)}
-    return info | {"warnings": find_warnings(stack, contrast)}
+    n_blank = int((sample.flatten(1).std(1) <= 1e-6 * sample.flatten(1).abs().amax(1)).sum())
+    blank = [f"{n_blank} of {len(sample)} images looked at are blank; leave them out, or check the stack."] if n_blank else []
+    return info | {"warnings": blank + find_warnings(stack, contrast)}
 
 # %% ../nbs/21_datasets.ipynb #890230c7
 def plot_defocus(

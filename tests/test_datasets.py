@@ -1,5 +1,6 @@
 """Epochs for any numbers, reading from disk, and real stacks."""
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from recon_nb.core import InputError, Poses, Selection
 from recon_nb.datasets import ParticleDataset, ParticleStack, count_batches, count_rows, inspect_stack, iterate_batches, load_stack, plan_epoch
-from recon_nb.files import open_mrc_stack, write_stack
+from recon_nb.files import ParticleTable, open_mrc_stack, write_particles, write_stack
 
 
 def make_stack(counts, images=None, box=8):
@@ -108,3 +109,16 @@ def test_real_contrast_is_seen(data_dir):
 def test_box_larger_than_stored_is_refused(data_dir):
     with pytest.raises(InputError, match='box 128 px cannot be made of images of 64 px'):
         load_stack(data_dir / 'images' / 'rln_proj_64.star', pixel_size=1.0, box=128)
+
+
+def test_blank_and_repeated_images_are_told(tmp_path):
+    images = np.random.default_rng(0).normal(size=(6, 16, 16)).astype(np.float32)
+    images[2] = 3.0
+    write_stack(tmp_path / 'a.mrcs', images, 2.0)
+    rows = pandas.DataFrame({'stack': 'a.mrcs', 'slice': [0, 1, 2, 3, 1, 5], 'particle': range(6)})
+    write_particles(tmp_path / 'a.star', ParticleTable(rows, 2.0, 16))
+    stack = load_stack(tmp_path / 'a.star')
+    warnings = ' '.join(inspect_stack(stack)['warnings'])
+    assert '1 of 6 images looked at are blank' in warnings and '1 of 6 rows name an image that an earlier row names' in warnings
+    warnings = ' '.join(inspect_stack(stack.select([0, 3, 4]))['warnings'])
+    assert 'blank' not in warnings and 'earlier row' not in warnings
