@@ -59,7 +59,7 @@ def backproject_stack(
     "Backproject the images of a stack with its poses and CTF, with a progress bar."
     require_poses(stack)
     if first is not None and first < 1:
-        raise InputError(f"The first {first} particles make no map; give 1 or more.")
+        raise InputError(f"--first {first}: no particle is left; give 1 or more.")
     stack = stack if first is None else stack.select(stack.particles[:first])
     dataset = ParticleDataset(stack)
     batches = tqdm(

@@ -379,7 +379,7 @@ slips = {
     'setting that cannot change': ('train -o {run} --resume --zdim 5', ['zdim', '5']),
     'backproject into a folder with files': ('backproject {star} -o {faulty}', ['faulty', '-o']),
     'backproject one particle': ('backproject {star} -o {new} --first 1', ['half']),
-    'backproject no particle': ('backproject {star} -o {new} --first 0', ['empty']),
+    'backproject no particle': ('backproject {star} -o {new} --first 0', ['--first 0', 'no particle']),
     'unknown regularization': ('backproject {star} -o {new} --regularization none', ['none', 'constant']),
     'downsample to more': ('downsample {star} -o {new}.mrcs --box 32', ['32', '16']),
     'downsample to another type': ('downsample {star} -o {new}.tif --box 8', ['.tif', '.mrcs']),
@@ -492,7 +492,7 @@ def test_demo_goes_on_where_it_was(recon, tmp_path):
 
 
 @pytest.mark.parametrize('words, part', [
-    (['backproject', '{star}', '-o', '{out}', '--first', '-2'], 'first -2'),
+    (['backproject', '{star}', '-o', '{out}', '--first', '-2'], '--first -2'),
     (['simulate', '-o', '{out}', '--n-particles', '0'], '0 particles'),
     (['simulate', '-o', '{out}', '--n-particles', '-5'], '-5 particles'),
     (['volumes', '{run}', '-o', '{out}', '--kmeans', '2', '--box', '0'], 'A volume of 0 px'),
