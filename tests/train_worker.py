@@ -36,7 +36,8 @@ def main(path, kind, changes, steps):
     def note(epoch, step, values):
         losses.append({'epoch': epoch, 'step': step, **values})
         if kind == 'slow':
-            print(epoch, step, flush=True)
+            if is_main():  # lines of two processes on one pipe can be torn
+                print(epoch, step, flush=True)
             time.sleep(0.05)
 
     known = is_run(path)
