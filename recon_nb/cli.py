@@ -244,7 +244,7 @@ def inspect_particles(
     "Say what a particle file holds and what looks wrong with it."
     from recon_nb.datasets import load_stack
 
-    facts = list_facts(load_stack(particles, **data))
+    facts = list_facts(load_stack(particles, require_images=False, **data))
     if json:
         print(format_json(facts))
         return

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
-from .core import CTFParams, InputError, Poses, Volume, suggest_names, write_atomic
+from .core import CTFParams, InputError, MissingStackError, Poses, Volume, suggest_names, write_atomic
 from .so3 import convert_cryosparc_pose, euler_to_matrix, matrix_to_euler, matrix_to_rotvec
 
 if TYPE_CHECKING:
@@ -1328,7 +1328,7 @@ def resolve_stack_paths(
     folder: Path,  # of the metadata file
     datadir: str | Path | None = None,  # where else to look
 ) -> dict[str, Path]:  # name to existing file
-    "Find every stack; raise `InputError` saying where it looked for the first that is not there."
+    "Find every stack; raise `MissingStackError` saying where it looked for the first that is not there."
     folder = Path(folder).absolute()
     extra = [Path(datadir).absolute()] if datadir is not None else []
     roots = [folder, *extra, *folder.parents]
@@ -1341,7 +1341,7 @@ def resolve_stack_paths(
         if path is None:
             looked = f"{folder} and the folders above it" + (f", and {extra[0]}" if extra else "")
             missing = f"stack '{name}' not found in {looked}"
-            raise InputError(f"{missing}; give the folder that holds the stacks with --datadir.")
+            raise MissingStackError(f"{missing}; give the folder that holds the stacks with --datadir.")
         found[name] = path
     return found
 

@@ -159,8 +159,12 @@ def test_suspicions_about_the_images_reach_screen_and_log(recon, star, tmp_path)
 def test_stacks_are_found_in_datadir(recon, data, tmp_path):
     moved = tmp_path / 'moved.star'
     moved.write_text((data / 'particles.star').read_text())
-    assert recon('inspect', moved).status == 2
-    assert recon('inspect', moved, '--datadir', data).status == 0
+    blind = json.loads(recon('inspect', moved, '--json').out)  # what the file says can be read without its images
+    assert blind['n_images'] == len(pd.read_csv(data / 'truth.csv')) and blind['background_sd'] is None
+    assert any('particles.mrcs' in warning and '--datadir' in warning for warning in blind['warnings'])
+    assert recon('backproject', moved, '-o', tmp_path / 'map').status == 2
+    seen = json.loads(recon('inspect', moved, '--datadir', data, '--json').out)
+    assert seen['background_sd'] > 0 and not any('--datadir' in warning for warning in seen['warnings'])
 
 
 def test_a_list_of_stacks_with_poses_and_ctf_beside_it(recon, data, star, tmp_path):
@@ -353,7 +357,7 @@ slips = {
     'unknown type': ('inspect {faulty}/not.json', ['not.json', '.json']),
     'empty file': ('inspect {faulty}/empty.star', ['empty.star']),
     'no voltage': ('inspect {faulty}/no_voltage.star', ['no_voltage.star', 'rlnVoltage']),
-    'no stack': ('inspect {faulty}/no_stack.star', ['elsewhere.mrcs', '--datadir']),
+    'no stack': ('backproject {faulty}/no_stack.star -o {new}', ['elsewhere.mrcs', '--datadir']),
     'datadir does not exist': ('inspect {faulty}/no_stack.star --datadir {faulty}/nowhere', ['elsewhere.mrcs', 'nowhere']),
     'row beyond the stack': ('backproject {faulty}/short.star -o {new}', ['short.star', 'row 99', '101']),
     'no poses to backproject': ('backproject {faulty}/particles.mrcs -o {new}', ['particles.mrcs', '--poses']),
