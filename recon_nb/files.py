@@ -1330,6 +1330,8 @@ def resolve_stack_paths(
 ) -> dict[str, Path]:  # name to existing file
     "Find every stack; raise `MissingStackError` saying where it looked for the first that is not there."
     folder = Path(folder).absolute()
+    if datadir is not None and not Path(datadir).is_dir():
+        raise InputError(f"{datadir}: no such folder; give the folder that holds the stacks with --datadir.")
     extra = [Path(datadir).absolute()] if datadir is not None else []
     roots = [folder, *extra, *folder.parents]
     unique = len({Path(name).name for name in names}) == len(names)

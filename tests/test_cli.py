@@ -358,7 +358,7 @@ slips = {
     'empty file': ('inspect {faulty}/empty.star', ['empty.star']),
     'no voltage': ('inspect {faulty}/no_voltage.star', ['no_voltage.star', 'rlnVoltage']),
     'no stack': ('backproject {faulty}/no_stack.star -o {new}', ['elsewhere.mrcs', '--datadir']),
-    'datadir does not exist': ('inspect {faulty}/no_stack.star --datadir {faulty}/nowhere', ['elsewhere.mrcs', 'nowhere']),
+    'datadir does not exist': ('inspect {faulty}/no_stack.star --datadir {faulty}/nowhere', ['no such folder', 'nowhere', '--datadir']),
     'row beyond the stack': ('backproject {faulty}/short.star -o {new}', ['short.star', 'row 99', '101']),
     'no poses to backproject': ('backproject {faulty}/particles.mrcs -o {new}', ['particles.mrcs', '--poses']),
     'pose columns missing': ('backproject {faulty}/no_poses.star -o {new}', ['no_poses.star', 'rlnAngleRot']),
