@@ -148,8 +148,11 @@ class Resolution:
     angstrom: float  # Å
     cycles_per_px: float  # 0 to .5
     crossed: bool  # False: the curve stays above, and the numbers are those of the last shell
+    box_angstrom: float = math.inf  # Å, edge of the box, the coarsest resolution that can be told
 
     def __str__(self) -> str:
+        if self.angstrom > self.box_angstrom:
+            return f"no resolution: the curve is below FSC = {self.threshold:g} from the first shell on"
         limit = "" if self.crossed else " or better (the curve stays above up to Nyquist)"
         return f"{self.angstrom:.2f} Å at FSC = {self.threshold:g}{limit}"
 
@@ -161,7 +164,8 @@ def find_resolution(
     "Return the resolution of a curve at a threshold; `Resolution.crossed` tells whether it is reached at all."
     shell, crossed = find_crossing(curve.fsc, threshold)
     cycles_per_px = float(shell) / curve.box
-    return Resolution(threshold, curve.pixel_size / max(cycles_per_px, 1e-12), cycles_per_px, bool(crossed))
+    angstrom = curve.pixel_size / max(cycles_per_px, 1e-12)
+    return Resolution(threshold, angstrom, cycles_per_px, bool(crossed), curve.box * curve.pixel_size)
 
 # %% ../nbs/13a_fsc.ipynb #94fd947a
 def plot_fsc(

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import re
 import shutil
 import sys
@@ -351,14 +352,17 @@ def write_json(
 
 # %% ../nbs/40_runs.ipynb #450aab8b
 def describe_file(
-    path: str | Path,  # an input file; not an image stack
+    path: str | Path,  # an input file
 ) -> dict[str, Any]:  # ready for JSON
-    "Return path, size, date and SHA-256 of a file."
-    stat = Path(path).stat()
+    "Return path, size, date and, unless it is an image stack, SHA-256 of a file."
+    path = Path(path)
+    stat = path.stat()
     changed = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
+    facts = {"path": str(path.resolve()), "bytes": stat.st_size, "changed": changed}
+    if path.suffix in (".mrc", ".mrcs"):  # tens of gigabytes would take minutes to read
+        return facts
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(Path(path).resolve()), "bytes": stat.st_size, "changed": changed, "sha256": digest}
+        return facts | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 # %% ../nbs/40_runs.ipynb #f535c66e
 def describe_inputs(
@@ -370,7 +374,7 @@ def describe_inputs(
         "files": {name: describe_file(path) for name, path in named.items() if path and Path(path).is_file()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": {"system": platform.platform(), "n_cores": os.cpu_count()},
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
