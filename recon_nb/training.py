@@ -12,6 +12,7 @@ __all__ = ['rate_schedules', 'draw_noise', 'compute_learning_rate', 'PoseTable',
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
+import gc
 import logging
 import math
 import random
@@ -113,7 +114,9 @@ def join_team(
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+        dist.barrier()  # who is done first must not hang up on the others
     finally:
+        gc.collect()  # a wrapped model holds the group in a cycle; its threads must end before the interpreter does
         dist.destroy_process_group()
 
 # %% ../nbs/41_training.ipynb #9e97afca
