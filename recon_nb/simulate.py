@@ -443,7 +443,7 @@ class SimulatedStack:
         rows: Tensor | None = None,  # (n,) int64, which images; all when None
     ) -> Tensor:  # (n, D, D)
         "Return the images without noise, made again from the truth."
-        rows = torch.arange(len(self.labels)) if rows is None else torch.as_tensor(rows)
+        rows = torch.arange(len(self.labels)) if rows is None else torch.tensor(np.asarray(rows))  # a copy: indices from pandas are read-only
         images = torch.empty(len(rows), self.stack.box, self.stack.box)
         ctf = None if self.stack.ctf is None else self.stack.ctf[rows]
         for part, clean in render_images(self.volumes, self.labels[rows], self.poses[rows], ctf=ctf, contrast=self.contrast[rows]):
