@@ -1,6 +1,6 @@
 """Training throughput beside cryoDRGN 4.3.1: same networks, same machine, alternating in one run.
 
-    python benchmarks/bench_throughput.py --peer PATH/TO/PYTHON [--box 64] [--dims 256 1024] [--batches 8 32 128]
+    python benchmarks/bench_throughput.py --peer PATH/TO/PYTHON [--box 64] [--dims 256 1024] [--batches 8 32 128] [-o OUT.csv]
 
 Each line is the best of several alternating repetitions, in images per second of wall time and, because machines are shared, per
 CPU second. Both programs do one whole step on random images: centring, CTF, encoder, decoder, loss, backward, Adam.
@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from recon_nb.core import Batch, CTFParams, Poses, keep_freed_memory, make_generator, supports_bf16
@@ -58,6 +59,23 @@ def measure_peer(python: str, box: int, dim: int, *, steps: int, threads: int) -
     return float(wall), float(cpu)
 
 
+def compare(dim: int, args: argparse.Namespace) -> list[dict]:
+    """Return the rows of one width, the peer's first."""
+    n_images = max(24, 40_000 // dim)
+    cases = [("recon_nb", b, p) for b in args.batches for p in ("auto", False)]
+    best: dict[tuple, tuple[float, float]] = {}
+    for _ in range(args.repeats):
+        if args.peer:
+            measured = measure_peer(args.peer, args.box, dim, steps=max(2, n_images // 8), threads=args.threads)
+            best["cryodrgn 4.3.1", 8, False] = tuple(map(max, zip(measured, best.get(("cryodrgn 4.3.1", 8, False), (0, 0)))))
+        for case in cases:
+            measured = measure_ours(args.box, dim, case[1], steps=max(2, n_images // case[1]), bf16=case[2])
+            best[case] = tuple(map(max, zip(measured, best.get(case, (0, 0)))))
+    wall, cpu = best.get(("cryodrgn 4.3.1", 8, False), (float("nan"),) * 2)
+    return [{"network": f"{dim}x3", "program": program, "batch": batch, "precision": "bf16" if precision else "fp32", "images/s": value[0],
+             "images/CPU s": value[1], "ratio (wall)": value[0] / wall, "ratio (CPU)": value[1] / cpu} for (program, batch, precision), value in best.items()]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,27 +85,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", help="csv to write the table to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as training does
     print(f"D={args.box}, {args.threads} threads, bf16 matrix units: {supports_bf16('cpu')}")
-    print("network  program   batch  precision  images/s  per CPU s  ratio (wall)  ratio (CPU)")
+    rows = []
     for dim in args.dims:
-        n_images = max(24, 40_000 // dim)
-        cases = [("recon_nb", b, p) for b in args.batches for p in ("auto", False)]
-        best: dict[tuple, tuple[float, float]] = {}
-        for _ in range(args.repeats):
-            if args.peer:
-                measured = measure_peer(args.peer, args.box, dim, steps=max(2, n_images // 8), threads=args.threads)
-                key = ("cryodrgn", 8, False)
-                best[key] = tuple(map(max, zip(measured, best.get(key, (0, 0)))))
-            for key in cases:
-                measured = measure_ours(args.box, dim, key[1], steps=max(2, n_images // key[1]), bf16=key[2])
-                best[key] = tuple(map(max, zip(measured, best.get(key, (0, 0)))))
-        reference = best.get(("cryodrgn", 8, False), (float("nan"),) * 2)
-        for (program, batch, precision), (wall, cpu) in best.items():
-            name = "fp32" if precision is False else "bf16"
-            print(f"{dim:5d}x3  {program:9s} {batch:5d}  {name:9s} {wall:9.1f} {cpu:10.1f} {wall / reference[0]:13.2f} {cpu / reference[1]:12.2f}", flush=True)
+        rows += compare(dim, args)
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.2f"))
+    if args.output:
+        pd.DataFrame(rows).round(2).to_csv(args.output, index=False)
 
 
 if __name__ == "__main__":
