@@ -7,10 +7,11 @@ __all__ = ['Decode', 'fact_names', 'write_volume_set', 'save_montages', 'find_la
            'LatentAnalysis', 'analyze_latents', 'write_latent_tables', 'tabulate_clusters', 'draw_latents',
            'save_figures', 'write_cluster_volumes', 'render_pictures', 'write_path', 'write_component_volumes',
            'write_map', 'collect_warnings', 'inspect_run', 'make_data_section', 'make_settings_section', 'plot_log',
-           'make_training_section', 'choose_epoch', 'bind_decoder', 'analyze_run', 'clear_optional', 'format_command',
-           'export_volumes', 'require_new_folder', 'export_traversal']
+           'make_training_section', 'make_subspace_section', 'choose_epoch', 'bind_decoder', 'analyze_run',
+           'clear_optional', 'format_command', 'export_volumes', 'require_new_folder', 'export_traversal']
 
 # %% ../nbs/50b_analysis.ipynb #7235238a
+import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -435,12 +436,36 @@ def make_training_section(
     if not (run.path / "log.csv").exists():
         return Section("Training", render_text("The run has no log.csv."), order=200)
     log = read_log(run)
+    if len(log["epoch"]) == 1 and "recon" not in log:
+        return Section("Training", render_text("Solved in closed form: there are no epochs."), order=200)
     drawn = [name for name in log if name in ("total", "recon", "kl") and np.isfinite(log[name]).any()]
     figure = Figure(figsize=(3.4 * max(len(drawn), 1), 2.8), layout="constrained")
     for column, ax in zip(drawn, figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]):
         plot_log(log, column, mark=epoch, ax=ax)
     table = render_table(pd.DataFrame(log).astype({"epoch": int}).tail(5))
     return Section("Training", save_figures(folder, {"training.png": (figure, f"Training curves; the line marks epoch {epoch}, which this report shows.")}) + table, order=200)
+
+# %% ../nbs/50b_analysis.ipynb #118bb1b9
+def make_subspace_section(
+    folder: Path,  # of the analysis
+    run: RunFolder,  # with subspace.json and subspace.csv
+) -> Section:
+    "Say what the subspace method found and draw it by shell."
+    facts, table = json.loads((run.path / "subspace.json").read_text()), pd.read_csv(run.path / "subspace.csv").iloc[1:]
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    agreement, noise = figure.subplots(1, 2)
+    columns = [name for name in table if name.startswith(("consensus", "direction_"))]
+    for i, name in enumerate(columns):
+        agreement.plot(table["frequency"], table[name], color="black" if i == 0 else okabe_ito[(i - 1) % len(okabe_ito)], lw=1.5 if i == 0 else 0.8, label=name.replace("_", " ") if i < 4 else None)
+    agreement.set(xlabel="spatial frequency (1/Å)", ylabel="agreement of halves", ylim=(-0.1, 1.05))
+    agreement.legend(frameon=False, fontsize="small")
+    noise.plot(table["frequency"], table["noise"], color=okabe_ito[0])
+    noise.set(xlabel="spatial frequency (1/Å)", ylabel="noise power", ylim=(0, None))
+    words = facts.get("heterogeneity", {}).get("verdict", "Heterogeneity was not tested.")
+    evidence = ", ".join(f"{value:.2f}" for value in facts["evidence"])
+    text = render_text(f"{words}. A {facts['manifold']} manifold of dimension {facts['zdim']} in {facts['rank']} directions; evidence by round: {evidence} nats per particle over noise.")
+    pictures = save_figures(folder, {"subspace.png": (figure, "Agreement of the bases made from even and from odd particles, and the noise measured from residuals.")})
+    return Section("Subspace", text + pictures, order=150)
 
 # %% ../nbs/50b_analysis.ipynb #be3a1be4
 def choose_epoch(
@@ -501,6 +526,8 @@ def analyze_run(
         volumes = write_cluster_volumes(folder, analysis, decode)
         sections = [latents, *volumes, write_component_volumes(folder, analysis, decode, n_components=n_components, n_points=n_points)]
     sections += [make_data_section(run, facts), make_settings_section(run, format_command(run, epoch, {**chosen, **options})), make_training_section(folder, run, epoch)]
+    if (run.path / "subspace.json").exists():
+        sections.append(make_subspace_section(folder, run))
     for section in sections:
         save_section(folder, section)
     save_section(folder, Section("Files", render_text(f"In the folder of this report, analysis/{folder.name}:") + render_files(folder), order=900))

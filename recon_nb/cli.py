@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['reading', 'option_sets', 'path_settings', 'verbs', 'Option', 'read_options', 'read_module_options', 'OptionSet',
-           'UsageError', 'parse_switch', 'format_help', 'choose_conversion', 'add_option', 'Parser', 'build_parser',
-           'list_facts', 'inspect_particles', 'format_json', 'downsample_stack', 'read_states', 'simulate_particles',
-           'read_defocus_pool', 'backproject_particles', 'print_resolution', 'compare_maps', 'mask_map',
-           'settle_settings', 'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z',
-           'analyze_epoch', 'traverse_latents', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
-           'release_messages', 'show_messages', 'run_verb', 'main']
+           'UsageError', 'parse_switch', 'parse_amount', 'format_help', 'choose_conversion', 'add_option', 'Parser',
+           'build_parser', 'list_facts', 'inspect_particles', 'format_json', 'downsample_stack', 'read_states',
+           'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution', 'compare_maps',
+           'mask_map', 'settle_settings', 'choose_start', 'fit_particles', 'train_model', 'finish_training',
+           'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch', 'traverse_latents', 'show_demo',
+           'list_verbs', 'describe_error', 'HeldMessages', 'release_messages', 'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from inspect import getsource
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from recon_nb.datasets import ParticleStack
@@ -104,6 +104,13 @@ option_sets: dict[str, tuple[OptionSet, ...]] = {
         OptionSet("images", "runs", "DataConfig", section="data"),
         OptionSet("model", "runs", "ModelConfig", section="model"),
         OptionSet("training", "runs", "TrainConfig", section="train"),
+        OptionSet("subspace", "runs", "SubspaceConfig", section="subspace"),
+    ),
+    "fitting": (
+        OptionSet("images", "runs", "DataConfig", section="data"),
+        OptionSet("subspace", "runs", "ModelConfig", ("rank", "dose"), section="model"),
+        OptionSet("fit", "runs", "SubspaceConfig", section="subspace"),
+        OptionSet("random numbers", "runs", "TrainConfig", ("seed",), section="train"),
     ),
 }
 
@@ -120,6 +127,18 @@ def parse_switch(
     if text.lower() not in answers:
         raise argparse.ArgumentTypeError(f'"{text}" is none of auto, on, off')
     return answers[text.lower()]
+
+# %% ../nbs/90_cli.ipynb #e25f4fca
+def parse_amount(
+    text: str,  # what the user wrote
+    words: Sequence[str],  # that stand for a number to be found, e.g. auto
+    number: type,  # int or float
+) -> float | str:
+    "Return one of the words as it is, else a number."
+    try:
+        return text if text in words else number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" is neither {" nor ".join(words)} nor a number') from None
 
 # %% ../nbs/90_cli.ipynb #e0ea6364
 def format_help(
@@ -141,6 +160,8 @@ def choose_conversion(
     literal = next((ast.literal_eval(w.removeprefix("Literal")) for w in words if w.startswith("Literal")), None)
     if literal is not None and "bool" in words:
         return {"type": parse_switch, "metavar": "{auto,on,off}"}
+    if literal is not None and {"int", "float"} & set(words):
+        return {"type": lambda text: parse_amount(text, literal, int if "int" in words else float), "metavar": f"{{{','.join(literal)},N}}"}
     if literal is not None:
         return {"choices": literal}
     item = next((w[5:-1] for w in words if w.startswith("list[")), None)
@@ -457,6 +478,61 @@ def settle_settings(
         raise UsageError("--homogeneous fits one map, which has no latent space; leave out --zdim.")
     return settled
 
+# %% ../nbs/90_cli.ipynb #7c2b1429
+def choose_start(
+    start: str,  # "auto", "subspace" or "none"
+    *,
+    preset: str | None,  # name of a preset
+    resume: bool,  # go on with a run, which has begun somehow
+    changes: Mapping[str, Any],  # settings given, by dotted name
+) -> dict[str, Any]:  # settings to add
+    "Return the encoder that a start means; raise `UsageError` where it contradicts other options."
+    latent = changes.get("model.zdim", 1) != 0
+    if start == "auto":
+        fits = latent and not preset and not resume and "model.encoder" not in changes
+        return {"model.encoder": "subspace"} if fits else {}
+    if resume or not latent:
+        raise UsageError("--start belongs to a new run with a latent space; leave it out with --resume and --homogeneous.")
+    encoder = {"subspace": "subspace", "none": "image"}[start]
+    if changes.get("model.encoder", encoder) != encoder:
+        raise UsageError(f"--start {start} means --encoder {encoder}; leave one of the two out.")
+    return {"model.encoder": encoder}
+
+# %% ../nbs/90_cli.ipynb #f9ce5f0e
+def fit_particles(
+    particles: str,  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf
+    *,
+    out: str,  # run folder to make
+    zdim: int | None = None,  # latent dimension, 1 for a curve; None = what held-out particles prefer
+    linear: bool = False,  # no manifold: the coefficients themselves are the latent
+    analysis: bool = True,  # do not analyse at the end
+    kmeans: int = 20,  # clusters of that analysis
+    flip_hand: bool = False,  # mirror the volumes of that analysis along z
+    device: str = "auto",  # auto, cpu, cuda, cuda:1, ...
+    **fitting,
+) -> None:
+    """Find latents and volumes in seconds, in closed form, from particles with known poses; ends with a run and a report.
+
+    Says first whether there is any heterogeneity, held against a rigid molecule with errors of contrast and pose.
+    Several GPUs or nodes: torchrun --nproc_per_node N -m recon_nb.cli subspace PARTICLES -o RUN ...
+    """
+    from recon_nb.core import is_main
+    from recon_nb.runs import is_run, make_config
+    from recon_nb.subspace import describe_subspace, run_subspace
+
+    if linear and zdim is not None:
+        raise UsageError("--linear takes as many latent dimensions as --rank; leave out --zdim.")
+    if zdim is not None and zdim < 1:
+        raise UsageError(f"--zdim must be 1 or more; found {zdim}.")
+    if is_run(out):
+        raise UsageError(f"{out} is a run already; choose another name with -o.")
+    manifold = "linear" if linear else "auto" if zdim is None else "curve" if zdim == 1 else "network"
+    changes = {**settle_settings(fitting, particles=particles, homogeneous=False), "model.manifold": manifold, **({} if zdim is None else {"model.zdim": zdim})}
+    run = run_subspace(out, make_config(changes.pop("data.particles"), changes=changes), device=device)
+    if is_main():
+        print(describe_subspace(run))
+        finish_training(run, analysis=analysis, kmeans=kmeans, flip_hand=flip_hand, device=device)
+
 # %% ../nbs/90_cli.ipynb #61f1fe73
 def train_model(
     particles: str = "",  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf; not needed with --resume
@@ -464,6 +540,7 @@ def train_model(
     out: str,  # run folder to make, or to go on with
     preset: str | None = None,  # settings of a paper: cryodrgn; options given beside it have the last word
     homogeneous: bool = False,  # one map without heterogeneity (zdim 0)
+    start: Literal["auto", "subspace", "none"] = "auto",  # closed-form latents first, or none, as published; auto = subspace, but none with --preset
     resume: bool = False,  # go on with the run where it stopped
     analysis: bool = True,  # do not analyse the last epoch at the end
     kmeans: int = 20,  # clusters of that analysis
@@ -487,6 +564,7 @@ def train_model(
     if not resume and is_run(out):
         raise UsageError(f"{out} is a run already; go on with it by --resume, or choose another name with -o.")
     changes, started = settle_settings(settings, particles=particles, homogeneous=homogeneous), lambda epoch, step, losses: release_messages()
+    changes |= choose_start(start, preset=preset, resume=resume, changes=changes)
     if resume:
         run = train_run(out, device=device, changes=changes, on_step=started)
     else:
@@ -633,6 +711,7 @@ verbs: dict[str, Callable] = {
     "backproject": backproject_particles,
     "fsc": compare_maps,
     "mask": mask_map,
+    "subspace": fit_particles,
     "train": train_model,
     "encode": encode_particles,
     "volumes": write_volumes,

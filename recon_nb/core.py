@@ -431,7 +431,7 @@ def supports_bf16(
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
-        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+        return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return False
 
 # %% ../nbs/00_core.ipynb #36960484

@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .core import ConfigError, Volume, make_generator, suggest_names
+from .core import ConfigError, Volume, autocast_bf16, make_generator, suggest_names
 from .fourier import Lattice
 from .imaging import extract_slices, volume_to_grid
-from .networks import networks
+from .networks import CompiledFunction, apply_first_layer, get_compute_dtype, networks
 
 # %% ../nbs/31_decoders.ipynb #607c9de8
 def fold_half_space(
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        coords: Tensor,  # (B, m, 3) or (m, 3) cycles/px, x y z, in the frame of the map
+        coords: Tensor,  # (B, m, 3) or (1, m, 3) cycles/px, x y z, in the frame of the map; a single row serves all latents
         z: Tensor | None,  # (B, Z), one latent per leading row of coords; None where zdim is 0
     ) -> Tensor:  # (B, m) complex64
         "Evaluate the transform of the density, Hermitian in coords."
@@ -65,23 +65,44 @@ class Decoder(nn.Module):
         "Start from a known map; raise `ConfigError` where the decoder has no direct way to do so."
         raise ConfigError(f"{type(self).__name__} cannot start from a map; train it on projections of the map instead.")
 
-    @torch.no_grad()
-    def volume(
+    def compile_network(
         self,
-        z: Tensor | None = None,  # (Z,) latent coordinate; None where zdim is 0
+        mode: str = "default",  # of torch.compile
+    ) -> None:
+        "Let torch compile what it can; nothing, unless a decoder says otherwise."
+
+    @torch.no_grad()
+    def volumes(
+        self,
+        z: Tensor,  # (N, Z) latent coordinates; Z = 0 gives the same volume N times
         box: int | None = None,  # px of the result; smaller than the image box crops in Fourier space
-        chunk: int = 2**17,  # frequencies evaluated at a time, bounds the memory
-    ) -> Tensor:  # (box, box, box) float32, z y x
-        "Return the density at one latent coordinate in real space."
+        *,
+        chunk: int = 2**17,  # values evaluated at a time, bounds the memory beside the result's
+        bf16: bool | str = False,  # products in bf16, "auto" where that is fast: quicker, three digits
+    ) -> Tensor:  # (N, box, box, box) float32, z y x
+        "Return the densities at several latent coordinates in real space; what depends on the frequency alone is computed once for all."
         box = box or self.box
         if box > self.box:
             raise ConfigError(f"Cannot make a volume of box {box} from a decoder of box {self.box}; choose {self.box} or less.")
         device = next(self.parameters()).device
         half = Lattice(box, n_dims=3, device=device)
         coords = half.k[: half.count_within(self.radius)] / self.box
-        z = None if z is None else z.to(device).reshape(1, -1)
-        values = [self(c[None], z)[0] for c in coords.split(chunk)]
-        return half.scatter(torch.cat(values)) * (box / self.box) ** 3
+        values = torch.empty(len(z), len(coords), dtype=torch.complex64, device=device)
+        with autocast_bf16(device, bf16):
+            for rows in torch.arange(len(z)).split(16):
+                latents = z[rows].to(device) if self.zdim else None
+                for part in torch.arange(len(coords)).split(max(1, chunk // len(rows))):
+                    block = slice(int(part[0]), int(part[-1]) + 1)
+                    values[rows[0] : rows[-1] + 1, block] = self(coords[None, block], latents)
+        return half.scatter(values) * (box / self.box) ** 3
+
+    def volume(
+        self,
+        z: Tensor | None = None,  # (Z,) latent coordinate; None where zdim is 0
+        box: int | None = None,  # px of the result
+    ) -> Tensor:  # (box, box, box) float32, z y x
+        "Return the density at one latent coordinate in real space."
+        return self.volumes(torch.zeros(1, 0) if z is None else z.reshape(1, -1), box)[0]
 
 # %% ../nbs/31_decoders.ipynb #ae30dec7
 def list_geometric_frequencies(
@@ -176,22 +197,40 @@ class PositionalDecoder(Decoder):
         if zdim:
             self.from_latent.weight.data = first.weight.data[:, self.encoding.out_dim :].clone()
         self.network = layers[1:]
+        self.network[0] = nn.Identity()  # the first activation is part of `apply_first_layer`
+        self.compiled: CompiledFunction | None = None
 
     def forward(
         self,
-        coords: Tensor,  # (B, m, 3) or (m, 3) cycles/px, x y z
+        coords: Tensor,  # (B, m, 3) or (1, m, 3) cycles/px, x y z; a single row serves all latents
         z: Tensor | None = None,  # (B, Z); None where zdim is 0
-    ) -> Tensor:  # (B, m) or (m,) complex64
+    ) -> Tensor:  # (B, m) complex64
         "Evaluate the transform of the density."
         folded, sign = fold_half_space(coords)
-        on = torch.is_autocast_enabled(coords.device.type)
-        dtype = torch.get_autocast_dtype(coords.device.type) if on else torch.float32
-        hidden = self.from_coords(self.encoding(folded.reshape(-1, 3), dtype))
-        if self.from_latent is not None:
-            hidden = hidden.unflatten(0, coords.shape[:-1]) + self.from_latent(z)[:, None]
-            hidden = hidden.flatten(0, -2)
-        real, imaginary = self.network(hidden).float().unflatten(0, coords.shape[:-1]).unbind(-1)
+        real, imaginary = (self.compiled or self.evaluate)(folded, z).unbind(-1)
         return torch.complex(real, imaginary * sign)
+
+    def evaluate(
+        self,
+        folded: Tensor,  # (B, m, 3) or (1, m, 3) cycles/px, in the modelled half-space
+        z: Tensor | None,  # (B, Z)
+    ) -> Tensor:  # (B, m, 2) real and imaginary part, float32
+        "Run the network: the part of a step that costs the time, and that torch may compile."
+        dtype = get_compute_dtype(folded)
+        features = self.encoding(folded.flatten(0, 1), dtype).unflatten(0, folded.shape[:2])
+        offset = self.from_coords.bias[None].expand(len(folded), -1)
+        if self.from_latent is not None:
+            with torch.autocast(folded.device.type, enabled=False):  # one row an image: cheap, and a latent has more than three digits
+                offset = self.from_coords.bias + self.from_latent(z)
+        hidden = apply_first_layer(features, self.from_coords.weight, offset)
+        return self.network(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2])
+
+    def compile_network(
+        self,
+        mode: str = "default",  # of torch.compile
+    ) -> None:
+        "Let torch compile the network at the next step; it runs as it is where that fails."
+        self.compiled = CompiledFunction(self.evaluate, mode)
 
 # %% ../nbs/31_decoders.ipynb #aee0eeb6
 class VoxelDecoder(Decoder):

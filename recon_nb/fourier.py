@@ -148,13 +148,14 @@ class Lattice:
     def gather(
         self,
         image: Tensor,  # (..., D, D) or (..., D, D, D) real, origin at D // 2
-    ) -> Tensor:  # (..., M) complex
+        n_coefficients: int | None = None,  # m, keep this prefix only; None = all M
+    ) -> Tensor:  # (..., m) complex
         "Transform real images (volumes) and keep the half-plane, sorted by radius."
         if tuple(image.shape[-self.n_dims :]) != (self.box,) * self.n_dims:
             raise InputError(f"Images of shape {tuple(image.shape)} do not fit a lattice of box {self.box}; resample or choose --box {image.shape[-1]}.")
         dims = tuple(range(-self.n_dims, 0))
         ft = torch.fft.rfftn(torch.fft.ifftshift(image, dim=dims), dim=dims)
-        return ft.flatten(-self.n_dims)[..., self._flat_index]
+        return ft.flatten(-self.n_dims)[..., self._flat_index[:n_coefficients]]
 
     def scatter(
         self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['integrate_fsc', 'VolumePairs', 'compute_image_fsc', 'compute_difference_fsc', 'EnsembleScore', 'score_ensemble',
-           'plot_ensemble_score']
+           'pick_representatives', 'score_cryobench', 'plot_ensemble_score']
 
 # %% ../nbs/13c_heterogeneity.ipynb #a68b95a9
 from collections.abc import Callable, Iterable, Iterator
@@ -148,6 +148,41 @@ def score_ensemble(
     weights = torch.ones(len(fsc)) if weights is None else torch.as_tensor(weights)
     box = next(iter(pairs))[1].shape[-1]
     return EnsembleScore(fsc, difference, weights.double(), box)
+
+# %% ../nbs/13c_heterogeneity.ipynb #0d2f5ad0
+def pick_representatives(
+    z: Tensor,  # (P, Z) latents
+    label: Tensor,  # (P,) int64, true state of every particle
+) -> tuple[Tensor, Tensor]:  # states that occur (S,) and their particles (S,), int64
+    "Return for every state the particle whose latent is nearest to the mean latent of the state."
+    states, chosen = torch.unique(label), []
+    for state in states.tolist():
+        members = torch.nonzero(label == state)[:, 0]
+        distance = (z[members] - z[members].mean(0)).square().sum(-1)
+        chosen.append(members[distance.argmin()])
+    return states, torch.stack(chosen)
+
+# %% ../nbs/13c_heterogeneity.ipynb #73a585bf
+def score_cryobench(
+    z: Tensor,  # (P, Z) latents
+    label: Tensor,  # (P,) int64, true state of every particle
+    *,
+    get_estimate: Callable[[int], Tensor],  # particle to the volume at its latent (D, D, D)
+    get_truth: Callable[[int], Tensor],  # state to its volume (D, D, D)
+    n_images: int = 100,  # of the per-image score
+    mask: Tensor | None = None,  # (D, D, D) multiplies both
+) -> dict[str, Tensor]:  # "per_conformation" (S,) and "per_image" (n,), each at most .5
+    "Return the FSC AUC over 0 to .5 cycles/px of one particle for every true state, and of a sample of particles (Jeon et al. 2024)."
+    if len(z) != len(label) or len(z) == 0 or n_images < 1:
+        raise InputError(f"Expected one state for each of at least one particle, and images to sample; found {len(label)} for {len(z)}, {n_images} images.")
+    spaced = torch.linspace(0, len(label) - 1, min(n_images, len(label)), dtype=torch.float64).round().long()
+    samples = {"per_conformation": pick_representatives(z, label)[1], "per_image": torch.argsort(label, stable=True)[spaced]}
+    areas, box = {}, get_truth(int(label[0])).shape[-1]
+    for name, chosen in samples.items():
+        pairs = [(int(particle), int(label[particle])) for particle in chosen]
+        fsc = compute_image_fsc(((get_estimate(particle), get_truth(state)) for particle, state in pairs), mask=mask)
+        areas[name] = integrate_fsc(fsc, box, kind="cryobench")
+    return areas
 
 # %% ../nbs/13c_heterogeneity.ipynb #27eede4c
 def plot_ensemble_score(

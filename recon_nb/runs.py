@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['presets', 'adjustable', 'accepts_type', 'describe_type', 'Section', 'DataConfig', 'ModelConfig', 'TrainConfig',
-           'RunConfig', 'config_to_dict', 'config_from_dict', 'update_config', 'make_config', 'Checkpoint',
-           'sync_to_disk', 'write_checkpoint', 'read_checkpoint', 'list_checkpoints', 'split_tree', 'join_tree',
-           'write_json', 'describe_file', 'describe_inputs', 'RunFolder', 'remove_folder', 'save_arrays', 'load_arrays',
-           'is_run', 'create_run', 'open_run', 'remove_leftovers', 'require_same_files', 'lock_run', 'resume_run',
-           'append_log', 'read_log', 'attach_handler', 'collect_log', 'record_log', 'write_particles_csv']
+           'SubspaceConfig', 'RunConfig', 'config_to_dict', 'config_from_dict', 'update_config', 'make_config',
+           'Checkpoint', 'sync_to_disk', 'write_checkpoint', 'read_checkpoint', 'list_checkpoints', 'split_tree',
+           'join_tree', 'write_json', 'describe_file', 'describe_inputs', 'RunFolder', 'remove_folder', 'save_arrays',
+           'load_arrays', 'is_run', 'create_run', 'open_run', 'remove_leftovers', 'require_same_files', 'lock_run',
+           'resume_run', 'append_log', 'read_log', 'attach_handler', 'collect_log', 'record_log', 'write_particles_csv']
 
 # %% ../nbs/40_runs.ipynb #d9427b00
 import csv
@@ -112,8 +112,11 @@ class DataConfig(Section):
     window_radius: float = 0.85  # of half the box: full weight up to here (cryoDRGN)
     window_edge: float = 0.14  # of half the box: width of the cosine edge (cryoDRGN: .85 to .99)
     in_memory: bool | Literal["auto"] = "auto"  # keep all coefficients in memory; auto = where they fit
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"  # type of coefficients in memory; those of a cache are float16
+    cache: str | None = None  # folder for preprocessed images, written once and read by every run that can use them; null = none
+    buffer_gb: float | Literal["auto"] = "auto"  # GB for images, of all processes together: more are shuffled through a buffer of this size; auto = by the free memory, 0 = no buffer
 
-    ranges = {"pixel_size": (1e-3, 1e3), "box": (8, 4096), "window_radius": (0.0, 1.5), "window_edge": (0.0, 1.0)}
+    ranges = {"pixel_size": (1e-3, 1e3), "box": (8, 4096), "buffer_gb": (0.0, 1e6), "window_radius": (0.0, 1.5), "window_edge": (0.0, 1.0)}
 
 # %% ../nbs/40_runs.ipynb #e5c58706
 @dataclass(frozen=True)
@@ -121,21 +124,24 @@ class ModelConfig(Section):
     "What is fitted to the images."
 
     zdim: int = 8  # Z, dimension of the latent space; 0 for one volume without heterogeneity
-    encoder_dim: int = 1024  # width of the encoder's layers
-    encoder_layers: int = 3  # hidden layers of the encoder
+    encoder: str = "image"  # kind of encoder: image (as published), or subspace (starts from a closed-form solution)
+    encoder_dim: int = 1024  # width of the image encoder's layers
+    encoder_layers: int = 3  # hidden layers of the image encoder
     decoder_dim: int = 1024  # width of the decoder's layers
     decoder_layers: int = 3  # hidden layers of the decoder
     network: str = "residual"  # kind of layers of both
-    decoder: str = "positional"  # kind of decoder
+    decoder: str = "positional"  # kind of decoder: positional, voxel (one volume) or lowrank
     encoding: str = "gaussian"  # positional encoding of the decoder
     encoding_scale: float = 0.5  # sd of the Gaussian encoding, as a fraction of Nyquist
     encoder_radius: float | None = None  # Fourier px that the encoder sees; null = all
+    rank: int = 8  # directions beside the mean, of the subspace encoder and the lowrank decoder
+    manifold: str = "network"  # how their coefficients depend on the latent: network, curve or linear
     dose: str = "off"  # "model" puts dose and tilt into the forward model
     beta: float | None = None  # weight of the KL term; null = 1 / zdim
     beta_schedule: str = "constant"  # of beta over the whole training
 
     ranges = {"zdim": (0, 4096), "encoder_dim": (1, 65536), "decoder_dim": (1, 65536), "encoder_layers": (0, 64),
-              "decoder_layers": (0, 64), "encoding_scale": (0.0, 1e3), "encoder_radius": (1.0, 4096.0), "beta": (0.0, 1e6)}
+              "decoder_layers": (0, 64), "encoding_scale": (0.0, 1e3), "encoder_radius": (1.0, 4096.0), "rank": (1, 1024), "beta": (0.0, 1e6)}
 
 # %% ../nbs/40_runs.ipynb #7f4d38e8
 @dataclass(frozen=True)
@@ -143,12 +149,17 @@ class TrainConfig(Section):
     "How the model is fitted."
 
     epochs: int = 20  # passes over the data
-    batch_size: int = 8  # particles a step and process
-    learning_rate: float = 1e-4  # of Adam
+    batch_size: int | Literal["auto"] = 8  # particles a step and process; auto = as many as fit the memory and pay, at most 64
+    learning_rate: float = 1e-4  # of Adam, for 8 particles a step
+    scale_learning_rate: Literal["none", "sqrt", "linear"] = "none"  # how the rate grows with the particles a step of all processes
     weight_decay: float = 0.0  # L2 penalty of Adam
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over all epochs
+    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate, over all epochs
     warmup_epochs: float = 0.0  # learning rate rises linearly over this many epochs
+    start_radius: float = 1.0  # share of Nyquist with which training begins; 1 = all frequencies from the start
+    radius_epochs: float = 1.0  # epochs over which the radius grows from there to Nyquist
+    pixel_fraction: float = 1.0  # share of the coefficients that a step looks at, drawn anew every time
     bf16: bool | Literal["auto"] = "auto"  # bf16 matrix products; auto = where the hardware has units for them
+    compile: bool | Literal["auto"] = "auto"  # torch.compile of the decoder; auto = on GPUs
     seed: int = 0  # of everything that is random
     checkpoint_every: int = 1  # epochs between checkpoints; the last epoch is always kept
     checkpoint_minutes: float = 30.0  # save within a long epoch after so many minutes; 0 = never
@@ -160,11 +171,24 @@ class TrainConfig(Section):
     n_workers: int = 2  # threads that read images ahead of the step
 
     ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0),
-              "warmup_epochs": (0.0, 1e6), "checkpoint_every": (1, 1e6),
+              "warmup_epochs": (0.0, 1e6), "checkpoint_every": (1, 1e6), "start_radius": (0.01, 1.0), "radius_epochs": (1e-3, 1e6), "pixel_fraction": (1e-3, 1.0),
               "checkpoint_minutes": (0.0, 1e6), "keep_last": (0, 1e6), "encode_every": (0, 1e6),
               "pose_learning_rate": (0.0, 10.0), "pose_start_epoch": (0, 1e6), "n_workers": (0, 256), "seed": (0, 2**63 - 1)}
 
 # %% ../nbs/40_runs.ipynb #d05e1819
+@dataclass(frozen=True)
+class SubspaceConfig(Section):
+    "How a linear subspace is fitted."
+
+    low_passes: int = 6  # EM passes at low frequency
+    full_passes: int = 2  # EM passes at full resolution
+    rounds: int = 1  # passes with the moments of the manifold
+    contrast_sd: float = 0.1  # spread of the images' contrast that is allowed for, relative
+    test: bool = True  # ask first whether there is any heterogeneity
+
+    ranges = {"low_passes": (1, 1000), "full_passes": (1, 1000), "rounds": (0, 100), "contrast_sd": (0.0, 1.0)}
+
+# %% ../nbs/40_runs.ipynb #cd7a0c14
 @dataclass(frozen=True)
 class RunConfig(Section):
     "Everything that a run was asked to do."
@@ -172,6 +196,7 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)  # the images
     model: ModelConfig = field(default_factory=ModelConfig)  # what is fitted
     train: TrainConfig = field(default_factory=TrainConfig)  # how
+    subspace: SubspaceConfig = field(default_factory=SubspaceConfig)  # how the subspace is, where there is one
     preset: str | None = None  # name of the preset that the settings started from, for the record
 
 # %% ../nbs/40_runs.ipynb #179cf3f2
@@ -206,11 +231,11 @@ def config_from_dict(
 presets: dict[str, dict[str, dict[str, Any]]] = {
     "cryodrgn": {
         "data": {"window_radius": 0.85, "window_edge": 0.14},
-        "model": {"zdim": 8, "encoder_dim": 1024, "encoder_layers": 3, "decoder_dim": 1024, "decoder_layers": 3,
+        "model": {"zdim": 8, "encoder": "image", "encoder_dim": 1024, "encoder_layers": 3, "decoder_dim": 1024, "decoder_layers": 3,
                   "network": "residual", "decoder": "positional", "encoding": "gaussian", "encoding_scale": 0.5,
-                  "encoder_radius": None, "dose": "off", "beta": None, "beta_schedule": "constant"},
-        "train": {"epochs": 20, "batch_size": 8, "learning_rate": 1e-4, "weight_decay": 0.0, "schedule": "constant",
-                  "warmup_epochs": 0.0, "pose_learning_rate": 3e-4, "pose_start_epoch": 1},
+                  "encoder_radius": None, "rank": 8, "manifold": "network", "dose": "off", "beta": None, "beta_schedule": "constant"},
+        "train": {"epochs": 20, "batch_size": 8, "learning_rate": 1e-4, "scale_learning_rate": "none", "weight_decay": 0.0, "schedule": "constant",
+                  "warmup_epochs": 0.0, "start_radius": 1.0, "radius_epochs": 1.0, "pixel_fraction": 1.0, "pose_learning_rate": 3e-4, "pose_start_epoch": 1},
     },
 }
 
@@ -573,7 +598,7 @@ def lock_run(
 
 # %% ../nbs/40_runs.ipynb #ff9de2db
 adjustable = ("train.epochs", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_last",
-              "train.encode_every", "train.n_workers", "data.in_memory", "data.datadir")  # settings that a resumed run may change
+              "train.encode_every", "train.n_workers", "data.in_memory", "data.cache", "data.buffer_gb", "data.datadir")  # settings that a resumed run may change
 
 # %% ../nbs/40_runs.ipynb #5c9e8835
 def resume_run(

@@ -6,12 +6,15 @@
 __all__ = ['phantoms', 'Atoms', 'read_atoms', 'sum_gaussians', 'make_linear_weights', 'simulate_density',
            'simulate_bandlimited_density', 'fill_ellipsoid', 'join_atoms', 'make_ribosome_phantom',
            'make_hinge_phantom', 'make_phantom', 'draw_labels', 'draw_poses', 'draw_ctf', 'perturb_poses',
-           'match_volumes', 'render_images', 'add_white_noise', 'list_columns', 'tabulate_stack', 'SimulatedStack',
-           'tabulate_truth', 'choose_states', 'make_images', 'simulate_stack', 'write_simulation']
+           'match_volumes', 'render_images', 'add_white_noise', 'ImageFile', 'list_columns', 'tabulate_stack',
+           'SimulatedStack', 'tabulate_truth', 'choose_states', 'make_images', 'check_lengths', 'simulate_stack',
+           'write_simulation']
 
 # %% ../nbs/22_simulate.ipynb #b3defd2f
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -377,7 +380,7 @@ def render_images(
 
 # %% ../nbs/22_simulate.ipynb #ac6c9d4e
 def add_white_noise(
-    images: Tensor,  # (N, D, D) real, changed in place
+    images: "Tensor | ImageFile",  # (N, D, D) real, changed in place
     sigma: float,  # standard deviation of the noise per pixel
     seed: int,  # fixes the noise
     *,
@@ -387,8 +390,41 @@ def add_white_noise(
     if sigma == 0:
         return
     for start in range(0, len(images), block_size):
-        block = images[start : start + block_size]
-        block += sigma * torch.randn(block.shape, generator=make_generator(seed, "simulate", "noise", start))
+        rows = slice(start, start + block_size)
+        block = images[rows]
+        images[rows] = block + sigma * torch.randn(block.shape, generator=make_generator(seed, "simulate", "noise", start))
+
+# %% ../nbs/22_simulate.ipynb #e7e61c6c
+class ImageFile:
+    "Images (N, D, D) in a temporary file: `file[rows] = images` writes them, `file[rows]` reads them as float32."
+
+    def __init__(
+        self,
+        n_images: int,  # N
+        box: int,  # D, px
+        folder: str | Path | None = None,  # where the file lies; the system's choice when None
+    ):
+        self.shape, self._file = (n_images, box, box), tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._file.truncate(4 * n_images * box**2)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _list_rows(self, rows: slice | np.ndarray | Tensor) -> list[int]:
+        return list(range(*rows.indices(len(self)))) if isinstance(rows, slice) else torch.as_tensor(rows).tolist()
+
+    def __getitem__(self, rows: slice | np.ndarray | Tensor) -> Tensor:
+        rows = self._list_rows(rows)
+        images = torch.empty(len(rows), *self.shape[1:])
+        for image, row in zip(images.numpy(), rows, strict=True):
+            os.preadv(self._file.fileno(), [image], row * image.nbytes)
+        return images
+
+    def __setitem__(self, rows: slice | np.ndarray | Tensor, images: Tensor) -> None:
+        for image, row in zip(images.numpy(), self._list_rows(rows), strict=True):
+            image = np.ascontiguousarray(image, np.float32)
+            if os.pwrite(self._file.fileno(), image, row * image.nbytes) != image.nbytes:
+                raise InputError(f"The disk is full: {len(self)} images of {self.shape[1]} px need {4e-9 * math.prod(self.shape):.1f} GB; free some, or make fewer.")
 
 # %% ../nbs/22_simulate.ipynb #fe9d0fe8
 def list_columns(
@@ -500,11 +536,13 @@ def make_images(
     contrast: Tensor,  # (N,)
     snr: float,  # after the CTF; inf for no noise
     seed: int,  # fixes the noise
-) -> tuple[Tensor, float]:  # images (N, D, D) float32 and the noise's standard deviation
+    scratch: str | Path | None = None,  # folder of a temporary file that holds the images; memory when None
+) -> tuple[Tensor | ImageFile, float]:  # images (N, D, D) float32 and the noise's standard deviation
     "Return noisy images; the noise is scaled to the signal of all of them."
     if not snr > 0:
         raise InputError(f"The signal-to-noise ratio must be positive (inf for no noise); found {snr}.")
-    images, signal = torch.empty(len(labels), volumes[0].box, volumes[0].box), 0.0
+    shape, signal = (len(labels), volumes[0].box, volumes[0].box), 0.0
+    images = torch.empty(shape) if scratch is None else ImageFile(*shape[:2], scratch)
     for rows, clean in render_images(volumes, labels, poses, ctf=ctf, contrast=contrast):
         images[rows] = clean
         signal += float(clean.double().var(dim=(-2, -1), correction=0).sum())
@@ -513,6 +551,16 @@ def make_images(
     return images, sigma
 
 # %% ../nbs/22_simulate.ipynb #fabd3355
+def check_lengths(
+    n: int,  # N, number of images
+    **given: Poses | CTFParams | Tensor | None,  # (N,) each, by the name for the message
+) -> None:
+    "Raise `InputError` unless all that is given describes N images."
+    wrong = [f"{len(values)} {name}" for name, values in given.items() if values is not None and len(values) != n]
+    if wrong:
+        raise InputError(f"{n} images, but {' and '.join(wrong)}; give one of each per image.")
+
+# %% ../nbs/22_simulate.ipynb #bbf94d18
 def simulate_stack(
     volumes: Sequence[Volume],  # (V,) states on one grid
     n_particles: int = 10_000,  # N, where labels do not say it
@@ -529,24 +577,26 @@ def simulate_stack(
     apply_ctf: bool = True,  # False: images without a CTF
     defocus_pool: Tensor | np.ndarray | None = None,  # (P, 3) defocus U Å, V Å, angle degrees, for `draw_ctf`
     contrast_sigma: float = 0.0,  # spread of a log-normal contrast of mean 1
+    contrast: Tensor | None = None,  # (N,) factor of every image, instead of a drawn one
     rot_error: float = 0.0,  # degrees, RMS error of the reported orientations
     shift_error: float = 0.0,  # Å, error of the reported shifts
     seed: int = 0,  # fixes everything
+    scratch: str | Path | None = None,  # folder of a temporary file that holds the images; memory when None
 ) -> SimulatedStack:
     "Simulate single-particle images of a mixture of states; raise `InputError` when arguments contradict each other."
     volumes = match_volumes(volumes, box)
     labels, names = choose_states(len(volumes), n_particles, labels=labels, weights=weights, names=names, seed=seed)
-    n, box, pixel_size, particle = len(labels), volumes[0].box, volumes[0].pixel_size, torch.arange(len(labels))
-    draw = lambda what: make_generator(seed, "simulate", what)
+    n, box, pixel_size, draw = len(labels), volumes[0].box, volumes[0].pixel_size, lambda what: make_generator(seed, "simulate", what)
     if poses is None:
         max_shift = 0.05 * box * pixel_size if max_shift is None else max_shift
         poses = draw_poses(n, max_shift=max_shift, shift_sigma=shift_sigma, generator=draw("poses"))
     if not apply_ctf or ctf is None:
         ctf = draw_ctf(n, defocus_pool=defocus_pool, generator=draw("ctf")) if apply_ctf else None
-    if len(poses) != n or (ctf is not None and len(ctf) != n):
-        raise InputError(f"{n} images, but {len(poses)} poses" + (f" and {len(ctf)} sets of CTF parameters." if ctf is not None else "."))
-    contrast = torch.exp(contrast_sigma * torch.randn(n, generator=draw("contrast")) - contrast_sigma**2 / 2)
-    images, noise_sigma = make_images(volumes, labels, poses, ctf=ctf, contrast=contrast, snr=snr, seed=seed)
+    drawn = torch.exp(contrast_sigma * torch.randn(n, generator=draw("contrast")) - contrast_sigma**2 / 2)
+    contrast = drawn if contrast is None else contrast
+    check_lengths(n, poses=poses, ctf=ctf, contrasts=contrast)
+    images, noise_sigma = make_images(volumes, labels, poses, ctf=ctf, contrast=contrast, snr=snr, seed=seed, scratch=scratch)
+    particle = torch.arange(n)
     truth = tabulate_truth(labels, names, poses=poses, ctf=ctf, contrast=contrast, particle=particle)
     reported = perturb_poses(poses, rot_error=rot_error, shift_error=shift_error, generator=draw("pose error"))
     table = tabulate_stack(reported, ctf, particle=particle, pixel_size=pixel_size, box=box)
@@ -557,6 +607,7 @@ def simulate_stack(
 def write_simulation(
     directory: str | Path,  # folder to write, made when missing
     simulated: SimulatedStack,  # N images with their truth
+    facts: dict[str, object] | None = None,  # what else simulation.json shall say
 ) -> Path:  # of particles.star
     "Write images, star file, truth and states; raise `InputError` when the folder already holds a simulation."
     directory = Path(directory)
@@ -566,13 +617,14 @@ def write_simulation(
     for name, volume in zip(simulated.names, simulated.volumes, strict=True):
         write_volume(directory / "volumes" / f"{name}.mrc", volume)
     stack = simulated.stack
-    write_stack(directory / "particles.mrcs", stack.images.split(1000), stack.pixel_size)
+    write_stack(directory / "particles.mrcs", (stack.images[start : start + 1000] for start in range(0, stack.n_images, 1000)), stack.pixel_size)
     with write_atomic(directory / "truth.csv") as temporary:
         simulated.truth.to_csv(temporary, index=False, float_format="%.9g")
     facts = {
         "n_images": stack.n_images, "box": stack.box, "pixel_size": stack.pixel_size, "seed": simulated.seed, "states": list(simulated.names),
         "snr": simulated.snr if math.isfinite(simulated.snr) else None, "noise_sigma": simulated.noise_sigma,
         "snr_definition": "variance over the whole frame of the CTF-applied clean image, averaged over images, divided by the noise variance",
+        **(facts or {}),
     }
     with write_atomic(directory / "simulation.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))

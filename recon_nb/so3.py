@@ -297,7 +297,7 @@ def align_poses(
     a, b = rot_a.detach().double(), rot_b.detach().double()
     hands = {False: a, True: mirror_rotations(a)} if allow_mirror else {False: a}
     found = {mirrored: find_consensus_rotation(b.mT @ poses) for mirrored, poses in hands.items()}
-    mirrored = min(found, key=lambda hand: found[hand][1])
+    mirrored = allow_mirror and bool(found[True][1] < found[False][1] - 1e-6)  # rounding must not decide a tie
     rotation = found[mirrored][0]
     errors = rotation_distance(hands[mirrored] @ rotation.mT, b)
     return PoseAlignment(rotation.to(rot_a), mirrored, errors.to(rot_a))
