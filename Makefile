@@ -7,13 +7,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 
-.PHONY: help demo test test-fast bench clean
+.PHONY: help demo test test-fast bench bench-gpu clean
 
 help:
 	@echo 'make demo       simulate, train, analyse: a report on three states in $(DEMO)/'
 	@echo 'make test       everything: notebooks and modules in step, all notebooks, pytest'
 	@echo 'make test-fast  the daily part of it, under five minutes'
 	@echo 'make bench      the benchmarks; each prints a table'
+	@echo 'make bench-gpu  throughput and whole runs on one GPU; PEER=PYTHON names an environment with cryoDRGN 4.3.1'
 	@echo 'make clean      remove $(VENV) and what builds left behind'
 
 $(STAMP): settings.ini setup.py constraints.txt
@@ -35,7 +36,10 @@ test-fast: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh fast
 
 bench: $(STAMP)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(PEER),--peer $(PEER)) --train --subspace -o benchmarks/results/gpu.csv
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -18,6 +18,7 @@ LAYERS = [
     [['ctf', 'dose'], ['imaging'], ['volumes']],
     [['files'], ['datasets'], ['simulate']],
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
+    [['ppca']],
     [['runs'], ['training'], ['abinit', 'subspace']],
     [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram']],
     [['cli']],

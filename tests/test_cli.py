@@ -19,7 +19,7 @@ from recon_nb.runs import open_run, presets
 from recon_nb.volumes import flip_hand
 
 root = Path(__file__).resolve().parent.parent
-tiny = '--zdim 2 --encoder-dim 16 --decoder-dim 16 --encoder-layers 2 --decoder-layers 2 --epochs 2 --batch-size 20 --learning-rate 1e-3 --n-workers 0 --device cpu'.split()
+tiny = '--zdim 2 --start none --encoder-dim 16 --decoder-dim 16 --encoder-layers 2 --decoder-layers 2 --epochs 2 --batch-size 20 --learning-rate 1e-3 --n-workers 0 --device cpu'.split()
 
 
 class Outcome:
@@ -81,17 +81,17 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'demo']
+    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'demo']
 
 
-@pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'train', 'encode'])
+@pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
 def test_verbs_that_take_particles_say_how_to_read_them(verb):
     text = build_parser(verb, verbs[verb]).format_help()
     for option in ('--datadir', '--pixel-size', '--box', '--invert-contrast', '--select', '--poses', '--ctf', '--passthrough'):
         assert option in text
 
 
-@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'train', 'volumes', 'analyze', 'traverse'])
+@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'subspace', 'train', 'volumes', 'analyze', 'traverse'])
 def test_verbs_that_write_volumes_flip_the_hand(verb):
     assert '--flip-hand' in build_parser(verb, verbs[verb]).format_help()
 
@@ -249,7 +249,7 @@ def test_train_stores_absolute_paths(recon, data, tmp_path, monkeypatch):
 
 
 def test_train_analyses_and_homogeneous_gives_a_map(recon, star, tmp_path):
-    options = tiny[2:]  # without --zdim
+    options = tiny[4:]  # without --zdim and --start
     done = recon('train', star, '-o', tmp_path / 'run', '--homogeneous', *options, '--epochs', 1)
     assert done.status == 0 and 'report.html' in done.out
     assert (tmp_path / 'run/analysis/0001/map.mrc').exists() and (tmp_path / 'run/analysis/0001/report.html').exists()

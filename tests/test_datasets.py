@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recon_nb.core import InputError, Poses, Selection
-from recon_nb.datasets import ParticleDataset, ParticleStack, count_batches, count_rows, inspect_stack, iterate_batches, load_stack, plan_epoch
+from recon_nb.datasets import ParticleDataset, ParticleStack, StackSource, count_batches, count_rows, inspect_stack, iterate_batches, load_stack, plan_epoch
 from recon_nb.files import ParticleTable, open_mrc_stack, write_particles, write_stack
 
 
@@ -46,7 +46,7 @@ def test_every_particle_once(n, batch, world, start, shuffle):
 def test_ragged_particles_bring_their_own_images(counts, batch):
     stack = make_stack(counts)
     dataset = ParticleDataset(stack, scale=1.0, in_memory=True, subtract_background=False)
-    whole = dataset.compute_coefficients(torch.arange(stack.n_images))
+    whole = dataset.source.read(torch.arange(stack.n_images))
     for b in iterate_batches(dataset, batch):
         for row, particle in enumerate(b.particle):
             own = torch.nonzero(stack.particle == particle)[:, 0]
@@ -61,7 +61,7 @@ def test_from_disk_equals_memory_with_any_number_of_threads(tmp_path):
     write_stack(tmp_path / 'a.mrcs', images, 2.0)
     stack = make_stack([1] * 40, images=open_mrc_stack(tmp_path / 'a.mrcs'), box=12)
     kept, lazy = ParticleDataset(stack, in_memory=True), ParticleDataset(stack, in_memory=False)
-    assert kept.scale == lazy.scale and lazy.cache is None
+    assert kept.scale == lazy.scale and isinstance(lazy.source, StackSource)
     for workers in (0, 1, 3):
         for a, b in zip(iterate_batches(kept, 7), iterate_batches(lazy, 7, n_workers=workers), strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.particle, b.particle)

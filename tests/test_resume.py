@@ -85,5 +85,26 @@ def test_signal_to_one_of_two_processes_stops_both(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_from_the_subspace_goes_on_from_its_start(tmp_path):
+    """Killed in the first epoch, it has its subspace still, and ends with the bits of a run that was not killed."""
+    changes = {'model.encoder': 'subspace', 'model.zdim': 1, 'model.rank': 2, 'subspace.low_passes': 3, 'subspace.full_passes': 1, 'subspace.rounds': 0}
+    process = start_worker(tmp_path, 'killed', 'slow', changes)
+    wait_for_step(process, '0 3')
+    process.kill()
+    process.communicate()
+    run = open_run(tmp_path / 'killed')
+    assert run.checkpoints == [(0, 0)]
+    before = (run.path / 'checkpoints/0000/model.safetensors').read_bytes()
+    for name in ('killed', 'straight'):
+        process = start_worker(tmp_path, name, 'single', changes)
+        assert process.wait(180) == 0, process.communicate()[1]
+        process.communicate()
+    assert (run.path / 'log.txt').read_text().count('subspace, round 0') == 1  # the fit was not repeated
+    assert (run.path / 'checkpoints/0000/model.safetensors').read_bytes() == before
+    assert_same(run, open_run(tmp_path / 'straight'))
+    assert torch.equal(run.load_latents(0).mu, open_run(tmp_path / 'straight').load_latents(0).mu)
+
+
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(tmp_path, capsys):
     assert kill_resume.run_trials(tmp_path, 2, n_particles=200, seed=1) == 0, capsys.readouterr().out

@@ -109,7 +109,7 @@ def test_checkpoints_within_an_epoch_give_way(tmp_path):
 
 def test_presets_are_complete_and_valid():
     """A preset names every field that shapes the result, so that later defaults do not leak into it."""
-    free = {'encode_every', 'checkpoint_every', 'checkpoint_minutes', 'keep_last', 'n_workers', 'seed', 'bf16', 'optimize_poses'}
+    free = {'encode_every', 'checkpoint_every', 'checkpoint_minutes', 'keep_last', 'n_workers', 'seed', 'bf16', 'compile', 'optimize_poses'}
     for name, preset in presets.items():
         content = config_to_dict(make_config(preset=name))
         assert set(content['model']) == set(preset['model']), name

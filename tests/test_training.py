@@ -1,5 +1,9 @@
 """The loop with models that misbehave, with random layers, with settings at their edges."""
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,7 +95,7 @@ def test_losses_of_an_epoch_are_means_over_particles(tmp_path):
 def test_nan_names_epoch_batch_and_particles(tmp_path):
     model, dataset, run = start(tmp_path / 'a', train__epochs=2)
     next(fit(model, dataset, run, device='cpu'))
-    dataset.cache[17, 3] = torch.nan
+    dataset.source.values[17, 3] = torch.nan
     with pytest.raises(NumericalError, match=r'epoch 2, batch \d+ .*particles .*\b17\b') as error:
         list(fit(model, dataset, run, device='cpu'))
     assert 'recon inspect' in str(error.value)
@@ -188,3 +192,35 @@ def test_batch_and_checkpoint_types_are_plain():
     """The records that travel stay dataclasses with these fields; other programs read them."""
     assert [f.name for f in dataclasses.fields(Checkpoint)] == ['epoch', 'step', 'model', 'optim', 'state']
     assert [f.name for f in dataclasses.fields(Batch)] == ['images', 'poses', 'ctf', 'tilt', 'valid', 'particle']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('has_compiler', [False, True])
+def test_compiled_training_and_its_fallback(tmp_path, has_compiler):
+    """Without a C++ compiler a run that asks for compilation trains as it is and says so in one line; with one it takes the same steps."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(root), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    if not has_compiler:
+        environment['CXX'] = str(tmp_path / 'no-such-compiler')
+    for name, changes in (('plain', '{}'), ('compiled', '{"train.compile": true}')):
+        arguments = [str(root / 'tests' / 'train_worker.py'), str(tmp_path / name), 'single', changes, str(tmp_path / f'{name}.json')]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / 'compiled' / 'log.txt').read_text()
+    assert text.count('not compiled, running as it is') == (0 if has_compiler else 1)
+    plain, compiled = (read_log(open_run(tmp_path / name))['total'] for name in ('plain', 'compiled'))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_batch_size_is_settled_once(tmp_path, monkeypatch):
+    """What `auto` found is in config.json; with other memory a resumed run keeps it."""
+    small = {**SETTINGS, 'model.encoder_dim': 16, 'model.decoder_dim': 16, 'train.epochs': 1, 'train.batch_size': 'auto'}
+    stack = make_dataset().stack
+    monkeypatch.setattr('recon_nb.training.find_free_memory', lambda: 1e5)
+    run = train_run(tmp_path / 'a', make_config(changes=small), stack=stack, device='cpu')
+    settled = run.config.train.batch_size
+    assert settled in (1, 2, 4)
+    monkeypatch.setattr('recon_nb.training.find_free_memory', lambda: 1e12)
+    train_run(tmp_path / 'a', stack=stack, device='cpu', changes={'train.epochs': 2})
+    assert open_run(run.path).config.train.batch_size == settled
+    assert 'auto; about' in (run.path / 'log.txt').read_text()

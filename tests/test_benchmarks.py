@@ -1,0 +1,132 @@
+"""The benchmark sets at toy size: each is made, says what it is, and holds what it says."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recon_nb.datasets import load_stack
+from recon_nb.files import read_volume
+from recon_nb.so3 import euler_to_matrix, rotation_distance
+
+root = Path(__file__).resolve().parent.parent
+SETS = {  # set to options and number of states
+    "s1": ([], 3),
+    "s1_50s": ([], 1),
+    "s2_uniform": ([], 50),
+    "s2_cooperative": ([], 50),
+    "s2_noncontiguous": ([], 50),
+    "s2_null": ([], 1),
+    "s2_small": (["--range", "0.4"], 50),
+    "occupancy": (["--share", "0.3", "--mass-share", "0.1"], 2),
+}
+
+
+def run_make_data(*options, data=None):
+    """Run the script; return the finished process."""
+    environment = {name: value for name, value in os.environ.items() if name != "RECON_NB_DATA"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | ({} if data is None else {"RECON_NB_DATA": str(data)})
+    return subprocess.run([sys.executable, root / "benchmarks/make_data.py", *map(str, options)], capture_output=True, text=True, env=environment)
+
+
+def make_set(data, out, name, *options, n=50, box=32):
+    """Make a toy set; return its truth, facts and stack."""
+    done = run_make_data("--set", name, "--n", n, "--box", box, "-o", out, *options, data=data)
+    assert done.returncode == 0, done.stderr
+    return pd.read_csv(out / "truth.csv"), json.loads((out / "simulation.json").read_text()), load_stack(out / "particles.star")
+
+
+def test_help_names_every_set():
+    done = run_make_data("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in SETS)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--set", "s1", "--share", "0.2"], "--share is for --set occupancy"),
+    (["--set", "s2_null", "--range", "0.2"], "--range is for --set s2_small"),
+    (["--set", "s1", "--contrast", "-1"], "0 or more"),
+    (["--set", "s1"], "RECON_NB_DATA"),
+])
+def test_wrong_options_are_refused(tmp_path, options, message):
+    done = run_make_data(*options, "-o", tmp_path / "a")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_every_set(data_dir, tmp_path, name):
+    options, n_states = SETS[name]
+    truth, facts, stack = make_set(data_dir, tmp_path / name, name, *options)
+    assert (stack.n_images, stack.box, len(truth), facts["set"]) == (50, 32, 50, name)
+    paths = sorted((tmp_path / name / "volumes").glob("*.mrc"))
+    assert [path.stem for path in paths] == facts["states"]  # sorted names are in the order of the labels
+    assert len(paths) == n_states
+    assert np.isfinite(stack.read_images(torch.arange(50)).numpy()).all()
+
+
+@pytest.mark.slow
+def test_errors_of_poses_and_contrast(data_dir, tmp_path):
+    """The star file is wrong by what was asked for, truth and images are those of the same set without errors."""
+    truth, facts, stack = make_set(data_dir, tmp_path / "wrong", "s2_null", "--rot-error", 2, "--contrast", 0.2, n=600, box=16)
+    right, _, right_stack = make_set(data_dir, tmp_path / "right", "s2_null", n=600, box=16)
+    turned = make_set(data_dir, tmp_path / "turned", "s2_null", "--rot-error", 2, n=600, box=16)[2]
+    assert torch.equal(turned.read_images(torch.arange(600)), right_stack.read_images(torch.arange(600)))
+    assert torch.equal(turned.poses.rot, stack.poses.rot)
+    angles = ["euler_rot", "euler_tilt", "euler_psi"]
+    assert np.allclose(truth[angles], right[angles])
+    true_rot = euler_to_matrix(*torch.tensor(truth[angles].to_numpy()).T)
+    error = rotation_distance(stack.poses.rot.double(), true_rot)
+    assert float(error.square().mean().sqrt()) == pytest.approx(2.0, rel=0.1)
+    assert (facts["rot_error"], facts["contrast_sd"]) == (2.0, 0.2)
+    assert truth.contrast.min() >= 0.2
+    assert (truth.contrast.mean(), truth.contrast.std()) == (pytest.approx(1, abs=0.03), pytest.approx(0.2, rel=0.1))
+    assert (right.contrast == 1).all()
+
+
+@pytest.mark.slow
+def test_wide_contrast_is_cut_off(data_dir, tmp_path):
+    truth, _, _ = make_set(data_dir, tmp_path / "a", "s2_null", "--contrast", 1, n=400, box=16)
+    assert truth.contrast.min() >= 0.2
+    assert (truth.contrast < 0.3).any() and (truth.contrast == 0.2).mean() < 0.01  # drawn again, not clamped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mass_share, share", [(0.02, 0.5), (0.3, 0.2)])
+def test_occupancy_lacks_what_it_says(data_dir, tmp_path, mass_share, share):
+    truth, facts, _ = make_set(data_dir, tmp_path / "a", "occupancy", "--share", share, "--mass-share", mass_share)
+    whole, without = (read_volume(tmp_path / f"a/volumes/{name}.mrc").data.double().sum() for name in ("whole", "without"))
+    assert facts["mass_share"] == pytest.approx(mass_share, abs=1e-3)
+    assert float(1 - without / whole) == pytest.approx(mass_share, abs=2e-3)
+    assert (truth.label == 1).mean() == facts["share"] == share
+
+
+@pytest.mark.slow
+def test_small_motion_is_part_of_the_large_one(data_dir, tmp_path):
+    """Over the whole range the small motion is S2; over less, states differ less; a part of the Fab moves less than all of it."""
+    read = lambda name, state: read_volume(tmp_path / name / f"volumes/igg_{state:02d}.mrc").data
+    difference = lambda name: float((read(name, 49) - read(name, 0)).norm() / read(name, 0).norm())
+    make_set(data_dir, tmp_path / "s2", "s2_uniform", box=24)
+    full, facts, _ = make_set(data_dir, tmp_path / "full", "s2_small", "--range", 1.47, box=24)
+    for state in (0, 20, 49):
+        torch.testing.assert_close(read("full", state), read("s2", state), rtol=0, atol=1e-4 * float(read("s2", 0).max()))
+    assert np.allclose(full.coordinate, 0.03 * full.label, atol=1e-6)
+    assert facts["mass_share"] == pytest.approx(0.326, abs=0.001)
+    make_set(data_dir, tmp_path / "less", "s2_small", "--range", 0.2, box=24)
+    _, facts, _ = make_set(data_dir, tmp_path / "part", "s2_small", "--range", 0.2, "--mass-share", 0.1, box=24)
+    assert facts["mass_share"] == pytest.approx(0.1, abs=1e-3)
+    assert difference("part") < difference("less") < difference("full")
+
+
+@pytest.mark.slow
+def test_impossible_shares_are_refused(data_dir, tmp_path):
+    done = run_make_data("--set", "s2_small", "--mass-share", 0.5, "-o", tmp_path / "a", data=data_dir)
+    assert done.returncode != 0
+    assert "0.326" in done.stderr
