@@ -58,7 +58,7 @@ def train_peer(data: Path, out: Path, peer_bin: Path) -> None:
 
 def read_truth(data: Path) -> tuple[np.ndarray, list[torch.Tensor], bool]:
     """Return the state of every particle, the states' volumes, and whether states are classes (few) or a coordinate (many)."""
-    label = pd.read_csv(data / "truth.csv")["label"].to_numpy()
+    label = pd.read_csv(data / "truth.csv")["label"].to_numpy(copy=True)
     volumes = [read_volume(path).data for path in sorted((data / "volumes").glob("*.mrc"))]
     return label, volumes, len(volumes) < 10
 
