@@ -725,11 +725,12 @@ def fit_network(
     hidden_dim: int = 64,  # width of both networks
     seed: int = 0,  # of weights, batches and samples
     n_steps: int = 800,
-    batch_size: int = 1024,  # particles
+    batch_size: int = 512,  # particles
     learning_rate: float = 1e-2,  # at the top of the one-cycle schedule
+    linear: LinearManifold | None = None,  # fitted to the same statistics, where it is at hand
 ) -> NetworkManifold:
     "Train a variational autoencoder on the exact likelihood of the statistics."
-    linear = fit_linear(statistics)
+    linear = fit_linear(statistics) if linear is None else linear
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         manifold = NetworkManifold(statistics.rank, zdim, hidden_dim=hidden_dim, contrast_sd=statistics.contrast_sd).to(statistics.cross)
@@ -757,14 +758,14 @@ def choose_manifold(
     *,
     zdims: tuple[int, ...] = (2, 4),  # of the networks that compete with the linear manifold
     seed: int = 0,
-    n_steps: int = 800,  # of training a network
+    n_steps: int = 400,  # of training a network; the order is clear before the answer is
 ) -> tuple[Manifold, dict[str, float]]:  # the winner, and nats per held-out particle by name
     "Return the manifold with the best evidence on held-out particles."
     order = torch.randperm(len(statistics), generator=make_generator(seed, "choice")).to(statistics.cross.device)
     n_train = len(statistics) * 4 // 5
     train, test = statistics[order[:n_train]], thin(statistics[order[n_train:]], 5000)
     candidates = {"linear": fit_linear(train)}
-    candidates |= {f"network {zdim}": fit_network(train, zdim, seed=seed, n_steps=n_steps) for zdim in zdims if zdim <= statistics.rank}
+    candidates |= {f"network {zdim}": fit_network(train, zdim, seed=seed, n_steps=n_steps, linear=candidates["linear"]) for zdim in zdims if zdim <= statistics.rank}
     scores = {name: apply_manifold(manifold.score, test) for name, manifold in candidates.items()}
     best = "linear"
     for name, score in scores.items():
