@@ -41,10 +41,9 @@ from scipy.stats import spearmanr
 
 from recon_nb.core import make_generator
 from recon_nb.heterogeneity import EnsembleScore, VolumePairs, score_ensemble
-from recon_nb.kernels import solve_basis
 from recon_nb.latent import compute_knn_correlation
 from recon_nb.lowrank import basis_to_volumes
-from recon_nb.ppca import compute_whitening, make_wiener_ridge, sum_moments
+from recon_nb.ppca import compute_whitening, solve_subspace, sum_moments
 from recon_nb.runs import RunConfig, RunFolder, make_config
 from recon_nb.subspace import run_subspace
 from recon_nb.training import encode_all, load_dataset, load_model, train_run
@@ -101,9 +100,10 @@ def run_oracle(config: RunConfig, truth: Truth, noise: torch.Tensor) -> tuple[to
     features = make_features(truth[0], len(truth[1]), truth[2])
     first = features[torch.from_numpy(truth[0])]
     radius, K = dataset.lattice.box / 2, features.shape[1]
-    halves, _ = sum_moments(dataset, lambda chunk: (first[chunk.row], first[chunk.row, :, None] * first[chunk.row, None]), K,
+    halves, second = sum_moments(dataset, lambda chunk: (first[chunk.row], first[chunk.row, :, None] * first[chunk.row, None]), K,
                             whitening=compute_whitening(dataset.lattice, noise), radius=radius)
-    return solve_basis(halves[0] + halves[1], make_wiener_ridge(halves, radius)[0], radius), features
+    told = solve_subspace(halves, second.sum(0), noise, radius)
+    return told.basis, features @ torch.linalg.inv(told.frame).T.float()
 
 
 def describe_path(run: RunFolder, truth: Truth, rows: np.ndarray) -> dict:

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Chunk', 'compute_whitening', 'make_chunk', 'stream_chunks', 'compute_statistics', 'average_spectrum', 'measure_power',
            'measure_noise', 'sum_moments', 'find_frame', 'change_basis', 'make_flat_ridge', 'make_wiener_ridge',
-           'Subspace', 'solve_subspace', 'plan_radii', 'run_em', 'solve_halves', 'fit_ppca', 'collect_statistics',
-           'refit_subspace']
+           'find_support', 'mask_basis', 'Subspace', 'solve_subspace', 'plan_radii', 'run_em', 'solve_halves',
+           'fit_ppca', 'collect_statistics', 'refit_subspace']
 
 # %% ../nbs/34_ppca.ipynb #058e5d34
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Batch, ConfigError, InputError, TensorRecord, get_rank, get_world_size, is_main, make_generator, okabe_ito
+from .core import Batch, ConfigError, InputError, TensorRecord, get_rank, get_world_size, is_main, make_generator
 from .datasets import ParticleDataset, iterate_batches
-from .fourier import Lattice, average_shells
+from .fourier import Lattice, average_shells, make_soft_mask
 from .imaging import compute_transfer, shift_images
-from .kernels import Moments, average_density, compute_shell_products, order_rows, project_basis, project_slices, solve_basis
+from .kernels import Moments, average_density, compute_overlap, compute_shell_products, order_rows, project_basis, project_slices, solve_basis
+from .lowrank import basis_to_volumes, volumes_to_basis
 from .manifold import Statistics, solve_gaussian
 
 # %% ../nbs/34_ppca.ipynb #7bf66688
@@ -183,14 +183,18 @@ def sum_moments(
 # %% ../nbs/34_ppca.ipynb #6227fb88
 def find_frame(
     second: Tensor,  # (K, K) sum of s^2 (1, a)(1, a)' over particles
+    overlap: Tensor | None = None,  # (K, K) of the basis with itself; then orthogonal directions, the strongest first
     floor: float = 1e-4,  # least variance of a direction, of the largest: a direction that does not vary is not blown up
 ) -> Tensor:  # (K, K) F of c = F c'
-    "Return the frame in which coefficients have mean 0 and covariance 1, the directions that vary most first."
+    "Return the frame in which coefficients have mean 0 and covariance 1."
     second = second.double() / second[0, 0].double()
     value, vector = torch.linalg.eigh(second[1:, 1:] - second[1:, :1] * second[:1, 1:])
+    root = vector * value.clamp(min=floor * float(value.max().clamp(min=1e-12))).sqrt()
+    if overlap is not None:
+        root = root @ torch.linalg.eigh(root.T @ overlap[1:, 1:].to(root) @ root)[1]
     frame = torch.eye(len(second), dtype=torch.float64, device=second.device)
     frame[1:, 0] = second[1:, 0]
-    frame[1:, 1:] = (vector * value.clamp(min=floor * float(value.max().clamp(min=1e-12))).sqrt()).flip(1)
+    frame[1:, 1:] = root.flip(1)
     return frame
 
 # %% ../nbs/34_ppca.ipynb #e20de449
@@ -214,6 +218,7 @@ def make_flat_ridge(
 def make_wiener_ridge(
     halves: list[Moments],  # of even and odd particles
     radius: float,  # Fourier px
+    share: float = 1.0,  # f, of the box that the molecule fills
 ) -> tuple[Tensor, Tensor]:  # (S, K) ridge, and (S, K) correlation of the two halves' components
     "Return the ridge that the agreement of the halves asks for."
     box = halves[0].box
@@ -221,7 +226,30 @@ def make_wiener_ridge(
     cross = compute_shell_products(a, b, box)
     own = (compute_shell_products(a, a, box) * compute_shell_products(b, b, box)).sqrt()
     floor = 1e-9 * cross.max(dim=0).values.clamp(min=1e-30)
-    return 2 / torch.maximum(cross, floor), torch.where(own > 0, cross / own.clamp(min=1e-30), 0.0)
+    return 2 * share / torch.maximum(cross, floor), torch.where(own > 0, cross / own.clamp(min=1e-30), 0.0)
+
+# %% ../nbs/34_ppca.ipynb #f60cd182
+def find_support(
+    halves: list[Moments],  # of even and odd particles, coefficients of mean 0 and covariance 1
+    missing: float = 0.005,  # share of the common power that may lie outside
+) -> Tensor:  # (D, D, D) soft ball, 0 to 1
+    "Return the ball, with a margin, that holds what the halves have in common."
+    box, eye = halves[0].box, torch.eye(halves[0].n_components, device=halves[0].table.device)
+    a, b = (basis_to_volumes(solve_basis(m, make_flat_ridge(m), box / 4), eye, box) for m in halves)
+    axis = torch.arange(box, device=a.device) - box // 2
+    distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).float().sqrt().round().long().flatten()
+    common = (a * b)[:1].sum(0), (a * b)[1:].sum(0)
+    inside = torch.stack([torch.bincount(distance, part.flatten(), minlength=box)[: box // 2].cumsum(0) for part in common])
+    reach = (inside < (1 - missing) * inside[:, -1:]).sum(1).max()  # px; the noise of a set without a molecule reaches to the end
+    return make_soft_mask(box, min(1.1 * float(reach), 0.42 * box), 0.05 * box, n_dims=3).to(a)
+
+# %% ../nbs/34_ppca.ipynb #70403a5f
+def mask_basis(
+    basis: Tensor,  # (V, 2K)
+    mask: Tensor,  # (D, D, D)
+) -> Tensor:  # (V, 2K)
+    "Multiply the densities of a basis with a mask."
+    return volumes_to_basis(basis_to_volumes(basis, torch.eye(basis.shape[1] // 2, device=basis.device), len(mask)) * mask)
 
 # %% ../nbs/34_ppca.ipynb #4f587edd
 @dataclass(frozen=True)
@@ -232,6 +260,7 @@ class Subspace(TensorRecord):
     half_bases: Tensor  # (2, V, 2K) from even and from odd particles
     noise: Tensor  # (S,) mean squared noise of a coefficient by shell
     agreement: Tensor  # (S, K) correlation of the two halves' components
+    frame: Tensor  # (K, K) F of c = F c', from the coefficients that the moments were summed with to those of the basis
 
     @property
     def rank(self) -> int:
@@ -245,11 +274,15 @@ def solve_subspace(
     noise: Tensor,  # (S,)
     radius: float,  # Fourier px
 ) -> Subspace:
-    "Return what the moments of the last pass say."
-    ridge, agreement = make_wiener_ridge(halves, radius)
-    bases = torch.stack([solve_basis(m, ridge, radius) for m in (halves[0] + halves[1], *halves)])
-    bases = change_basis(bases, find_frame(second))
-    return Subspace(bases[0], bases[1:], noise, agreement)
+    "Return what the moments of the last pass say: directions in order of what images see of them, regularised, inside the molecule's ball."
+    a, b = (solve_basis(m, make_flat_ridge(m), radius) for m in halves)
+    density = average_density(halves[0] + halves[1])[:, 0]
+    frame = find_frame(second, compute_overlap(a, b, density, halves[0].box))
+    halves = [m.change_frame(frame) for m in halves]
+    support = find_support(halves)
+    ridge, agreement = make_wiener_ridge(halves, radius, share=float(support.mean()))
+    bases = torch.stack([mask_basis(solve_basis(m, ridge, radius), support) for m in (halves[0] + halves[1], *halves)])
+    return Subspace(bases[0], bases[1:], noise, agreement, frame)
 
 # %% ../nbs/34_ppca.ipynb #14c7b616
 def plan_radii(
