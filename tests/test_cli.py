@@ -473,11 +473,26 @@ def test_signal_ends_training_with_status_0_and_resume_goes_on(star, tmp_path, n
     assert open_run(run).epochs[-1] == done[0] + 1
 
 
+def test_torchrun_leaves_our_options_alone():
+    """torchrun reads the words after our module's name for abbreviations of its own options; an ambiguous one ends it."""
+    from torch.distributed.run import get_args_parser
+
+    words = {flag for verb in ('train', 'subspace', 'encode') for action in build_parser(verb, verbs[verb])._actions for flag in action.option_strings}
+    refused = set()
+    for word in words:
+        try:
+            get_args_parser().parse_args(['-m', 'recon_nb.cli', 'train', 'x.star', word])
+        except SystemExit:
+            refused.add(word)
+    assert refused == {'--start'} and '--start-from' in words
+
+
 @pytest.mark.slow
 def test_one_process_of_torchrun_analyses(star, tmp_path):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)}
     words = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'recon_nb.cli']
-    command = ['train', star, '-o', tmp_path / 'run', *tiny, '--epochs', 1, '--kmeans', 2]
+    safe = ['--start-from' if word == '--start' else word for word in tiny]
+    command = ['train', star, '-o', tmp_path / 'run', *safe, '--epochs', 1, '--kmeans', 2]
     done = subprocess.run([sys.executable, *words, *map(str, command)], cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('report.html') == 1
