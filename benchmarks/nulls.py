@@ -2,7 +2,7 @@
 
     python benchmarks/nulls.py [--parts rigid rigid_50s motion weak] [--seeds 10] [--weak-seeds 3] [--box 32] [--n 10000] [--snr 0.1] [-o benchmarks/results/nulls.csv]
 
-Sets come from make_data.py (RECON_NB_DATA names the folder of test data); each is made in a temporary folder, judged by nulls.test_heterogeneity with
+Sets come from make_data.py (RECON_NB_DATA names the folder of test data); each is made in a temporary folder, judged by nulls.judge_heterogeneity with
 its defaults, and removed. All are tested twice: pure, and with --rot-error 2 --contrast 0.2 of make_data.
 
 | part | sets | expected |
@@ -32,7 +32,7 @@ from make_data import simulate_set
 from recon_nb.core import keep_freed_memory
 from recon_nb.datasets import ParticleDataset
 from recon_nb.latent import compute_knn_correlation
-from recon_nb.nulls import test_heterogeneity
+from recon_nb.nulls import judge_heterogeneity
 from recon_nb.starts import fit_subspace
 
 ERRORS = ({"rot_error": 0.0, "contrast": 0.0}, {"rot_error": 2.0, "contrast": 0.2})
@@ -63,7 +63,7 @@ def judge(case: dict) -> dict:
         simulated, _ = simulate_set(wanted, Path(os.environ["RECON_NB_DATA"]))
         dataset = ParticleDataset(simulated.stack, in_memory=True)
     clock.append(time.process_time())
-    found = test_heterogeneity(dataset, seed=case["seed"])
+    found = judge_heterogeneity(dataset, seed=case["seed"])
     clock.append(time.process_time())
     knn = None
     if case["part"] == "motion":

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Chunk', 'compute_whitening', 'make_chunk', 'stream_chunks', 'compute_statistics', 'average_spectrum', 'measure_power',
            'measure_noise', 'sum_moments', 'find_frame', 'change_basis', 'make_flat_ridge', 'make_wiener_ridge',
-           'find_support', 'mask_basis', 'Subspace', 'solve_subspace', 'plan_radii', 'run_em', 'solve_halves',
-           'fit_ppca', 'collect_statistics', 'refit_subspace']
+           'find_support', 'mask_basis', 'Subspace', 'solve_subspace', 'plan_radii', 'count_needed', 'run_em',
+           'solve_halves', 'fit_ppca', 'collect_statistics', 'refit_subspace']
 
 # %% ../nbs/34_ppca.ipynb #058e5d34
 from collections.abc import Callable, Iterator, Sequence
@@ -295,6 +295,13 @@ def plan_radii(
     return [*growing[: max(0, low_passes - 1)], *[box / 4] * max(1, low_passes - len(growing))][:low_passes] + [box / 2] * full_passes
 
 # %% ../nbs/34_ppca.ipynb #e145d644
+def count_needed(
+    rank: int,  # R
+) -> int:
+    "Return how many particles a subspace needs at least."
+    return 4 * (rank + 1)
+
+# %% ../nbs/34_ppca.ipynb #ebb5029b
 def run_em(
     dataset: ParticleDataset,  # P particles, with poses
     rank: int,  # R
@@ -308,8 +315,8 @@ def run_em(
 ) -> tuple[list[Moments], Tensor, Tensor]:  # moments of the halves in the last pass, (2, K, K) their coefficients', (S,) noise
     "Run EM passes; the same on one process and on many, up to rounding."
     box, device, K = dataset.lattice.box, options.get("device", "cpu"), rank + 1
-    if dataset.n_particles < 4 * K:
-        raise ConfigError(f"A subspace of rank {rank} needs at least {4 * K} particles; found {dataset.n_particles}. Choose a smaller --rank.")
+    if dataset.n_particles < count_needed(rank):
+        raise ConfigError(f"A subspace of rank {rank} needs at least {count_needed(rank)} particles; found {dataset.n_particles}. Choose a smaller --rank.")
     start = torch.randn(dataset.n_particles, rank, generator=make_generator(seed, "subspace")).to(device)
     noise, bases = measure_power(dataset), None
 

@@ -18,7 +18,8 @@ import torch
 
 from .core import Latents, RunError, is_main, write_atomic
 from .datasets import ParticleDataset, ParticleStack
-from .nulls import HeterogeneityTest, test_heterogeneity
+from .nulls import HeterogeneityTest, judge_heterogeneity, test_rank
+from .ppca import count_needed
 from .runs import Checkpoint, RunConfig, RunFolder, append_log, collect_log, create_run, record_log, remove_leftovers, update_config, write_json, write_particles_csv
 from .starts import SubspaceFit, choose_latent, fit_subspace, load_fit
 from .training import build_run_model, join_team, load_dataset, settle_data, wait_for_team
@@ -100,7 +101,10 @@ def run_subspace(
         latent, is_tested = choose_latent(config.model.manifold, config.model.zdim), settings.pop("test")
         dataset = load_dataset(config, stack=stack)
         options: dict[str, Any] = {"dose": config.model.dose, "device": device}
-        verdict = test_heterogeneity(dataset, seed=config.train.seed, **options) if is_tested else None
+        if is_tested and dataset.n_particles < count_needed(test_rank):
+            logging.getLogger("recon_nb.subspace").warning("%d particles are too few to ask whether they differ (%d at least); not tested", dataset.n_particles, count_needed(test_rank))
+            is_tested = False
+        verdict = judge_heterogeneity(dataset, test_rank, seed=config.train.seed, **options) if is_tested else None
         if verdict is not None:
             logging.getLogger("recon_nb.subspace").log(logging.INFO if verdict.is_heterogeneous else logging.WARNING, verdict.describe())
         fit = fit_subspace(dataset, rank=config.model.rank, latent=latent, seed=config.train.seed, **settings, **options)

@@ -226,7 +226,6 @@ refusals = {
     'zdim beside linear': (['--linear', '--zdim', 2], {}, ['--linear', '--zdim']),
     'rank 0': (['--rank', 0], {}, ['rank', '0']),
     'too few particles': (['--rank', 8, '--no-test'], {'rows': range(30)}, ['rank 8', '36', '30', '--rank']),
-    'too few particles for the test': ([], {'rows': range(20)}, ['20', '28']),
     'an image that is NaN': ([], {'nan': 40}, ['NaN', '41', 'particles.mrcs']),
     'select without particles': (['--select', '{folder}/none.json'], {}, ['none.json']),
     'unknown device': (['--device', 'tpu'], {}, ['tpu']),
@@ -242,6 +241,13 @@ def test_refusals_are_one_line_and_leave_nothing(star, tmp_path, capsys, name):
     assert status == 2 and not out and err.count('\n') == 1 and err.startswith('recon subspace: error: '), (status, out, err)
     assert not [part for part in parts if part not in err], err
     assert [p.name for p in tmp_path.iterdir()] == ['input']
+
+
+def test_too_few_particles_to_test_are_fitted_all_the_same(star, tmp_path, capsys):
+    particles = spoil(star, tmp_path / 'input', rows=range(20))
+    status, out, err = call(capsys, 'subspace', particles, '-o', tmp_path / 'run', *quick, '--no-analysis')
+    assert status == 0 and '20 particles are too few' in err and '28 at least' in err, (status, out, err)
+    assert 'heterogeneity' not in json.loads((tmp_path / 'run/subspace.json').read_text())
 
 
 def test_missing_poses_and_existing_folders_are_refused(star, data, fitted, tmp_path, capsys):
