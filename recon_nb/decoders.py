@@ -47,6 +47,15 @@ class Decoder(nn.Module):
         "Evaluate the transform of the density, Hermitian in coords."
         raise NotImplementedError
 
+    def decode_points(
+        self,
+        coords: Tensor,  # (S, 3) cycles/px, x y z, of all particles one after the other
+        z: Tensor | None,  # (B, Z); None where zdim is 0
+        row: Tensor,  # (S,) int64, row of z that each coordinate belongs to
+    ) -> Tensor:  # (S,) complex64
+        "Evaluate the transform at one list of coordinates of several latents, unequal numbers of each."
+        return self(coords[:, None], None if z is None else z[row])[:, 0]
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         "Return the parameters by role, so that an optimiser may treat the roles differently."
         return {"decoder": list(self.parameters())}
@@ -210,10 +219,22 @@ class PositionalDecoder(Decoder):
         real, imaginary = (self.compiled or self.evaluate)(folded, z).unbind(-1)
         return torch.complex(real, imaginary * sign)
 
+    def decode_points(
+        self,
+        coords: Tensor,  # (S, 3) cycles/px, x y z
+        z: Tensor | None,  # (B, Z); None where zdim is 0
+        row: Tensor,  # (S,) int64, row of z that each coordinate belongs to
+    ) -> Tensor:  # (S,) complex64
+        "Evaluate the transform at one list of coordinates of several latents."
+        folded, sign = fold_half_space(coords[None])
+        real, imaginary = (self.compiled or self.evaluate)(folded, z, None if z is None else row)[0].unbind(-1)
+        return torch.complex(real, imaginary * sign[0])
+
     def evaluate(
         self,
         folded: Tensor,  # (B, m, 3) or (1, m, 3) cycles/px, in the modelled half-space
         z: Tensor | None,  # (B, Z)
+        row: Tensor | None = None,  # (m,) int64, row of z of each coordinate, where folded has a single row; None where its rows are those of z
     ) -> Tensor:  # (B, m, 2) real and imaginary part, float32
         "Run the network: the part of a step that costs the time, and that torch may compile."
         dtype = get_compute_dtype(folded)
@@ -222,7 +243,7 @@ class PositionalDecoder(Decoder):
         if self.from_latent is not None:
             with torch.autocast(folded.device.type, enabled=False):  # one row an image: cheap, and a latent has more than three digits
                 offset = self.from_coords.bias + self.from_latent(z)
-        hidden = apply_first_layer(features, self.from_coords.weight, offset)
+        hidden = apply_first_layer(features, self.from_coords.weight, offset, row)
         return self.network(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2])
 
     def compile_network(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['dose_factors', 'optimal_dose_ratio', 'compute_voltage_factor', 'compute_critical_dose', 'attenuate_by_dose',
-           'weight_by_tilt', 'compute_optimal_dose', 'make_dose_mask', 'compute_dose_cutoff', 'plot_dose']
+           'weight_by_tilt', 'compute_damage', 'compute_optimal_dose', 'make_dose_mask', 'compute_dose_cutoff',
+           'plot_dose']
 
 # %% ../nbs/11_dose.ipynb #232bedd2
 import math
@@ -66,6 +67,16 @@ def weight_by_tilt(
 ) -> Tensor:  # (...) factor of the amplitude, 0 to 1
     "Return the cosine of the tilt angle."
     return torch.cos(torch.deg2rad(tilt_angle))
+
+# %% ../nbs/11_dose.ipynb #b6a7a7bc
+def compute_damage(
+    freq: Tensor,  # (M,) 1/Å, radius
+    dose: Tensor,  # (...) e/Å², accumulated
+    tilt_angle: Tensor,  # (...) degrees
+    voltage: Tensor | float = 300.0,  # () or (...) kV
+) -> Tensor:  # (..., M) factor, 0 to 1
+    "Return dose attenuation times the cosine of the tilt; raise InputError for voltages other than 300 and 200 kV."
+    return attenuate_by_dose(freq, dose, voltage) * weight_by_tilt(tilt_angle.to(freq))[..., None]
 
 # %% ../nbs/11_dose.ipynb #1f56651d
 optimal_dose_ratio = 2.51284  # optimal over critical dose: twice the root of exp(x) = 1 + 2 x

@@ -100,6 +100,17 @@ class LowRankDecoder(Decoder):
             values = columns.flatten(1, 2) @ self.compute_coefficients(z)[..., None]
             return torch.view_as_complex(values.view(len(values), -1, 2))
 
+    def decode_points(
+        self,
+        coords: Tensor,  # (S, 3) cycles/px, x y z
+        z: Tensor,  # (B, Z)
+        row: Tensor,  # (S,) int64, row of z that each coordinate belongs to
+    ) -> Tensor:  # (S,) complex64
+        "Evaluate the transform at one list of coordinates of several latents; the manifold is asked once per latent."
+        with torch.autocast(coords.device.type, enabled=False):
+            columns = interpolate_basis(self.basis, coords.float(), self.box)
+            return torch.view_as_complex((columns * self.compute_coefficients(z)[row, None]).sum(-1))
+
     @torch.no_grad()
     def volumes(
         self,

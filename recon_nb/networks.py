@@ -72,33 +72,49 @@ def get_compute_dtype(
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 # %% ../nbs/29_networks.ipynb #dc0f8355
+def _list_members(
+    row: Tensor,  # (m,) int64
+    offset: Tensor,  # (B, ...) whose number, dtype and device are used
+) -> Tensor:  # (m, B)
+    "Return 1 where a coordinate belongs to a particle, else 0."
+    return offset.new_zeros(len(row), len(offset)).scatter_(1, row[:, None], 1)
+
+# %% ../nbs/29_networks.ipynb #5db7011e
 class _OffsetReLU(torch.autograd.Function):
     "relu(x W' + offset of the image), with the offset and the activation in place."
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, offset: Tensor, row: Tensor | None) -> Tensor:
         y = (x.flatten(0, 1) @ weight.t()).unflatten(0, x.shape[:2])
-        y = (y.add_(offset[:, None]) if len(x) == len(offset) else y + offset[:, None]).relu_()
-        ctx.save_for_backward(x, weight, y)
+        if row is not None:
+            y[0].addmm_(_list_members(row, offset), offset)
+        elif len(x) == len(offset):
+            y.add_(offset[:, None])
+        else:
+            y = y + offset[:, None]
+        ctx.save_for_backward(x, weight, y.relu_(), row)
+        ctx.n_offsets = len(offset)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, weight, y = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, weight, y, row = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grad.contiguous(), y, 0)
         rows = (grad if len(x) == len(grad) else grad.sum(0, keepdim=True)).flatten(0, 1)
         grad_x = (rows @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, rows.t() @ x.flatten(0, 1), grad.sum(1)
+        offsets = grad.sum(1) if row is None else _list_members(row, grad.new_empty(ctx.n_offsets, 0)).t() @ rows
+        return grad_x, rows.t() @ x.flatten(0, 1), offsets, None
 
-# %% ../nbs/29_networks.ipynb #5db7011e
+# %% ../nbs/29_networks.ipynb #a9abff09
 def apply_first_layer(
     x: Tensor,  # (B, m, F) features of the rows, or (1, m, F) where all images share them; in the dtype of the products
     weight: Tensor,  # (H, F)
     offset: Tensor,  # (B, H) of every image
-) -> Tensor:  # (B, m, H)
+    row: Tensor | None = None,  # (m,) int64 offset of each feature vector of a single row; None where the first dimension says it
+) -> Tensor:  # (B, m, H), or (1, m, H) where `row` is given
     "Return relu(x W' + offset)."
     with torch.autocast(x.device.type, enabled=False):
-        return _OffsetReLU.apply(x, weight.to(x.dtype), offset.to(x.dtype))
+        return _OffsetReLU.apply(x, weight.to(x.dtype), offset.to(x.dtype), row)
 
 # %% ../nbs/29_networks.ipynb #845a326d
 def build_residual_mlp(
