@@ -9,6 +9,7 @@ __all__ = ['Chunk', 'compute_whitening', 'make_chunk', 'stream_chunks', 'compute
            'solve_halves', 'fit_ppca', 'collect_statistics', 'refit_subspace']
 
 # %% ../nbs/34_ppca.ipynb #058e5d34
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -241,7 +242,9 @@ def find_support(
     common = (a * b)[:1].sum(0), (a * b)[1:].sum(0)
     inside = torch.stack([torch.bincount(distance, part.flatten(), minlength=box)[: box // 2].cumsum(0) for part in common])
     reach = (inside < (1 - missing) * inside[:, -1:]).sum(1).max()  # px; the noise of a set without a molecule reaches to the end
-    return make_soft_mask(box, min(1.1 * float(reach), 0.42 * box), 0.05 * box, n_dims=3).to(a)
+    radius = min(1.1 * float(reach), 0.42 * box)
+    logging.getLogger("recon_nb.ppca").info("the halves agree inside a ball of %.0f px; density beyond %.0f px is taken off", reach, radius)
+    return make_soft_mask(box, radius, 0.05 * box, n_dims=3).to(a)
 
 # %% ../nbs/34_ppca.ipynb #70403a5f
 def mask_basis(
