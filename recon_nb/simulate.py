@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import CTFParams, InputError, Poses, Volume, make_generator, suggest_names, write_atomic
+from .core import CTFParams, InputError, Poses, TiltInfo, Volume, make_generator, suggest_names, write_atomic
 from .datasets import ParticleStack
 from .files import ParticleTable, write_particles, write_stack, write_volume
 from .fourier import Lattice, fourier_crop
@@ -364,16 +364,17 @@ def render_images(
     poses: Poses,  # (N,) true poses
     *,
     ctf: CTFParams | None = None,  # (N,); no CTF when None
+    tilt: TiltInfo | None = None,  # (N,) exposure history, which damages and dims; none when None
     contrast: Tensor | None = None,  # (N,) factor of every image; 1 when None
     batch_size: int = 512,  # images at a time
     pad: int = 3,  # zero padding of the volume before its transform
 ) -> Iterator[tuple[Tensor, Tensor]]:  # rows (n,) int64 and their clean images (n, D, D)
-    "Yield noise-free images, grouped by state: projection, displaced by minus the shift, CTF, contrast."
-    lattice = Lattice(volumes[0].box, volumes[0].pixel_size)
+    "Yield noise-free images, grouped by state: projection, displaced by minus the shift, CTF, dose and tilt, contrast."
+    lattice, dose, pick = Lattice(volumes[0].box, volumes[0].pixel_size), "off" if tilt is None else "model", lambda record, rows: None if record is None else record[rows]
     for label in torch.unique(labels).tolist():
         grid = volume_to_grid(volumes[label].data, pad)
         for rows in torch.nonzero(labels == label)[:, 0].split(batch_size):
-            images_ft = project_volume(volumes[label], poses[rows], None if ctf is None else ctf[rows], pad=pad, grid=grid)
+            images_ft = project_volume(volumes[label], poses[rows], pick(ctf, rows), tilt=pick(tilt, rows), dose=dose, pad=pad, grid=grid)
             if contrast is not None:
                 images_ft = images_ft * contrast[rows, None]
             yield rows, lattice.scatter(images_ft)
@@ -481,8 +482,8 @@ class SimulatedStack:
         "Return the images without noise, made again from the truth."
         rows = torch.arange(len(self.labels)) if rows is None else torch.tensor(np.asarray(rows))  # a copy: indices from pandas are read-only
         images = torch.empty(len(rows), self.stack.box, self.stack.box)
-        ctf = None if self.stack.ctf is None else self.stack.ctf[rows]
-        for part, clean in render_images(self.volumes, self.labels[rows], self.poses[rows], ctf=ctf, contrast=self.contrast[rows]):
+        ctf, tilt = (None if record is None else record[rows] for record in (self.stack.ctf, self.stack.tilt))
+        for part, clean in render_images(self.volumes, self.labels[rows], self.poses[rows], ctf=ctf, tilt=tilt, contrast=self.contrast[rows]):
             images[part] = clean
         return images
 
