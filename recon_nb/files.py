@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['MRC_HEADER', 'MRC_MODES', 'ROW_TOKEN', 'CTF_COLUMNS', 'POSE_COLUMNS', 'OPTICS_COLUMNS', 'RELION_COLUMNS',
-           'RELION_LABELS', 'RELION_NUMBERS', 'RELION_TEXTS', 'RELION_OUTPUT', 'OPTICS_OUTPUT', 'CRYOSPARC_COLUMNS',
-           'CRYOSPARC_LABELS', 'CRYODRGN_CTF', 'CTF_EXTRAS', 'READERS', 'STACK_SUFFIXES', 'MrcHeader',
-           'parse_mrc_header', 'read_mrc_header', 'read_sections', 'read_volume', 'make_mrc_header', 'write_volume',
-           'LazyStack', 'open_mrc_stack', 'write_stack', 'split_row', 'StarBlock', 'parse_star_block',
+           'RELION_LABELS', 'RELION_NUMBERS', 'RELION_TEXTS', 'SERIES_WARNING', 'RELION_OUTPUT', 'OPTICS_OUTPUT',
+           'CRYOSPARC_COLUMNS', 'CRYOSPARC_LABELS', 'CRYODRGN_CTF', 'CTF_EXTRAS', 'READERS', 'STACK_SUFFIXES',
+           'MrcHeader', 'parse_mrc_header', 'read_mrc_header', 'read_sections', 'read_volume', 'make_mrc_header',
+           'write_volume', 'LazyStack', 'open_mrc_stack', 'write_stack', 'split_row', 'StarBlock', 'parse_star_block',
            'read_star_blocks', 'write_star_blocks', 'parse_numbers', 'ParticleTable', 'StarSource', 'CryosparcSource',
-           'find_particle_block', 'join_optics', 'require_uniform', 'find_relion_pixel_size', 'split_image_names',
-           'describe_missing_poses', 'describe_missing_ctf', 'build_relion_rows', 'list_unmodelled_optics',
-           'read_relion', 'format_number', 'format_image_names', 'make_pose_columns', 'replace_relion_columns',
-           'replace_optics_size', 'replace_relion_pixel_size', 'make_star_block', 'build_relion_source',
-           'load_cryosparc', 'list_fields', 'join_passthrough', 'read_cryosparc_numbers', 'read_cryosparc_columns',
-           'describe_missing_cryosparc_poses', 'read_cryosparc', 'replace_cryosparc_columns',
-           'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses', 'read_cryodrgn_ctf',
-           'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box', 'check_suffix',
-           'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'read_columns_beside',
+           'find_particle_block', 'FileSet', 'join_optics', 'require_uniform', 'find_relion_pixel_size',
+           'split_image_names', 'describe_missing_poses', 'describe_missing_ctf', 'build_relion_rows',
+           'list_unmodelled_optics', 'read_relion', 'format_number', 'format_image_names', 'make_pose_columns',
+           'replace_relion_columns', 'replace_optics_size', 'replace_relion_pixel_size', 'make_star_block',
+           'make_tilt_columns', 'build_relion_source', 'load_cryosparc', 'list_fields', 'join_passthrough',
+           'read_cryosparc_numbers', 'read_cryosparc_columns', 'describe_missing_cryosparc_poses', 'read_cryosparc',
+           'replace_cryosparc_columns', 'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses',
+           'read_cryodrgn_ctf', 'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box',
+           'check_suffix', 'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'read_columns_beside',
            'replace_source_columns', 'read_particles', 'change_table', 'write_particles']
 
 # %% ../nbs/20_files.ipynb #4c765611
@@ -498,7 +498,9 @@ class ParticleTable:
 
     Columns of `rows` (absent where the file has none): stack, slice (from 0), euler_rot, euler_tilt, euler_psi,
     shift_x, shift_y, defocus_u, defocus_v, defocus_angle, phase_shift, voltage, cs, amplitude_contrast, bfactor,
-    scale, dose, tilt_angle, order, particle, particle_name, tomogram, half (1 or 2).
+    scale, dose, tilt_angle, order, particle, particle_name, tomogram, half (1 or 2). Tilt series have `particles`
+    too: one row per particle (index = particle) with particle_name, tomogram, coord_x, coord_y, coord_z (Å) and
+    angle_rot, angle_tilt, angle_psi.
     """
 
     rows: "pandas.DataFrame"
@@ -506,11 +508,14 @@ class ParticleTable:
     box: int | None = None  # px, where the file says
     premultiplied: bool = False  # images were multiplied by their CTF
     contrast_sign: int | None = None  # images times this have bright particles; None where the file does not say
-    source: "StarSource | CryosparcSource | None" = None  # original content, to be written back
+    source: "StarSource | CryosparcSource | FileSet | None" = None  # original content, to be written back
     path: Path | None = None  # file that the table was read from
     datadir: Path | None = None  # where else the stacks may lie
     warnings: tuple[str, ...] = ()  # what a user should look at
     missing: dict[str, str] = field(default_factory=dict)  # 'poses' or 'ctf' to why there are none
+    particles: "pandas.DataFrame | None" = None  # of tilt series: one row per particle
+    dose_weighted: bool = False  # images were multiplied by the attenuation of their dose and by cos(tilt)
+    dose_convention: str | None = None  # whether `dose` counts up to the beginning ("before") or the end ("after") of an image
 
     @property
     def n_images(self) -> int:
@@ -622,7 +627,7 @@ def find_particle_block(
     if "rlnTomoVisibleFrames" in block.columns or any("rlnTomoSubTomosAre2DStacks" in b.columns for b in blocks):
         raise InputError(
             f"{path}: a tilt-series set (rlnTomoVisibleFrames or rlnTomoSubTomosAre2DStacks), one row per particle, where one "
-            "row per image is expected. Export a 2-D particle series (one 'n@stack' per row)."
+            "row per image is expected. Export a 2-D particle series (one 'n@stack' per row), or give the optimisation set."
         )
     volumes = [c for c in ("rlnCtfImage", "rlnCoordinateZ", "rlnOriginZAngst", "rlnOriginZ") if c in block.columns]
     name = block.select([0]).read_columns(["rlnImageName"])["rlnImageName"][0]
@@ -632,6 +637,24 @@ def find_particle_block(
             "particles as 2-D series (rlnImageName 'n@stack') and give that star file."
         )
     return found[0]
+
+# %% ../nbs/20_files.ipynb #3be9e28c
+class FileSet:
+    "Original content that spans several files."
+
+    def select(
+        self,
+        rows: np.ndarray,  # (n,) indices
+    ) -> "FileSet":
+        "Return the set with some of the images."
+        raise NotImplementedError
+
+    def write(
+        self,
+        path: Path,  # of the file to read it back by
+    ) -> None:
+        "Write the set."
+        raise NotImplementedError
 
 # %% ../nbs/20_files.ipynb #2adfa92e
 OPTICS_COLUMNS = (
@@ -777,6 +800,12 @@ def describe_missing_ctf(
     return f"{path}: the CTF is incomplete, {' and '.join(absent)} missing; add to the file, or give --ctf."
 
 # %% ../nbs/20_files.ipynb #dbea091c
+SERIES_WARNING = (
+    "negative rlnCtfBfactor: a tilt series of Warp or M (dose = -B / 4, cos(tilt) = rlnCtfScalefactor); taken as single "
+    "images without B-factor"
+)
+
+
 def build_relion_rows(
     texts: dict[str, list[str]],  # label to one text per image, optics joined
     numbers: dict[str, np.ndarray],  # label to one number per image, optics joined
@@ -801,10 +830,7 @@ def build_relion_rows(
         if not any(rows[f"euler_{a}"].any() for a in ("rot", "tilt", "psi")):
             warnings.append("all angles are 0: the particles seem never to have been aligned")
     if "bfactor" in rows and (rows["bfactor"] < 0).any():
-        warnings.append(
-            "negative rlnCtfBfactor: a tilt series of Warp or M (dose = -B / 4, cos(tilt) = rlnCtfScalefactor); taken as single "
-            "images without B-factor"
-        )
+        warnings.append(SERIES_WARNING)
         del rows["bfactor"]
         rows.pop("scale", None)
     rows["particle"] = np.arange(n)
@@ -1004,6 +1030,18 @@ def make_star_block(
     return StarBlock(name, tuple(columns), lines, [0] * len(lines), head, [""])
 
 # %% ../nbs/20_files.ipynb #43ec54b9
+def make_tilt_columns(
+    rows: "pandas.DataFrame",  # of a ParticleTable, with particle, dose and tilt_angle
+) -> dict[str, Sequence]:  # label to one value per image
+    "Describe the exposure history of images in a star file's columns."
+    angle = rows["tilt_angle"].to_numpy(np.float64)
+    columns = {"rlnCtfBfactor": -4 * rows["dose"].to_numpy(np.float64), "rlnCtfScalefactor": np.cos(np.deg2rad(angle))}
+    columns["rlnTomoNominalStageTiltAngle"] = angle
+    if "particle_name" not in rows:
+        columns["rlnGroupName"] = [f"{particle:07d}" for particle in rows["particle"]]
+    return columns | ({"rlnMicrographName": rows["micrograph"]} if "micrograph" in rows else {})
+
+# %% ../nbs/20_files.ipynb #3fceda77
 def build_relion_source(
     table: ParticleTable,  # of any origin
 ) -> StarSource:
@@ -1025,6 +1063,8 @@ def build_relion_source(
         optics["rlnCtfDataAreCtfPremultiplied"] = [1] * n
     particles = {"rlnImageName": format_image_names(rows["stack"], rows["slice"])}
     particles |= {label: rows[c].to_numpy() for label, c in RELION_OUTPUT.items() if c in rows}
+    if "dose" in rows and "tilt_angle" in rows:
+        particles |= make_tilt_columns(rows)
     particles["rlnOpticsGroup"] = groups
     return StarSource((make_star_block("optics", optics), make_star_block("particles", particles)), 1, 0)
 
@@ -1514,14 +1554,14 @@ def read_columns_beside(
 
 # %% ../nbs/20_files.ipynb #6e03374a
 def replace_source_columns(
-    source: StarSource | CryosparcSource | None,  # of a table
+    source: StarSource | CryosparcSource | FileSet | None,  # of a table
     columns: dict[str, np.ndarray],  # pose or CTF columns of a ParticleTable
     pixel_size: float,  # Å
 ) -> StarSource | CryosparcSource | None:
-    "Set poses or CTF in whatever the table came from."
+    "Set poses or CTF in whatever the table came from; a set of files has no place for those of single images and is let go."
     if isinstance(source, StarSource):
         return replace_relion_columns(source, columns, pixel_size)
-    return replace_cryosparc_columns(source, columns, pixel_size) if source is not None else None
+    return replace_cryosparc_columns(source, columns, pixel_size) if isinstance(source, CryosparcSource) else None
 
 # %% ../nbs/20_files.ipynb #3fd9f3d2
 READERS = {".star": read_relion, ".cs": read_cryosparc}
@@ -1575,8 +1615,8 @@ def change_table(
         table = replace(table, pixel_size=pixel_size or old, box=box or table.box)
         if isinstance(source, StarSource):
             source = replace_relion_pixel_size(source, pixel_size=table.pixel_size, old_pixel_size=old, box=box)
-        elif source is not None:
-            source = replace_cryosparc_images(source, pixel_size=pixel_size, box=box)
+        else:
+            source = replace_cryosparc_images(source, pixel_size=pixel_size, box=box) if isinstance(source, CryosparcSource) else None
     if poses is not None:
         if len(poses) != table.n_images:
             raise InputError(f"{len(poses)} poses for {table.n_images} images.")
@@ -1589,8 +1629,8 @@ def change_table(
         rows = rows.assign(stack=stacks, slice=slices)
         if isinstance(source, StarSource):
             source = source.replace_block(source.particles, source.table.replace_columns({"rlnImageName": names}))
-        elif source is not None:
-            source = replace_cryosparc_images(source, names=stacks, slices=slices)
+        else:
+            source = replace_cryosparc_images(source, names=stacks, slices=slices) if isinstance(source, CryosparcSource) else None
     return replace(table, rows=rows, source=source, missing=missing)
 
 # %% ../nbs/20_files.ipynb #8005c58f
@@ -1614,6 +1654,8 @@ def write_particles(
             raise InputError(f"{path}: only particles read from a .cs file can be written as .cs; write a .star file.")
         with write_atomic(path) as temporary, temporary.open("wb") as file:
             np.save(file, table.source.records, allow_pickle=False)
+    elif isinstance(table.source, FileSet):
+        table.source.write(path)
     else:
         source = table.source if isinstance(table.source, StarSource) else build_relion_source(table)
         write_star_blocks(path, source.blocks)
