@@ -5,6 +5,7 @@
     python benchmarks/make_data.py --set s2_small --range 0.2 -o data/small_20
     python benchmarks/make_data.py --set occupancy --share 0.3 --mass-share 0.05 -o data/occupancy_05
     python benchmarks/make_data.py --set s2_uniform --n 200000 -o data/s2u_200k
+    python benchmarks/make_data.py --set s3 -o data/s3
 
 States come from real atomic models in the folder named by RECON_NB_DATA (simulated/), defoci from EMPIAR-10028's
 (a 300 kV Polara, Cs 2.0 mm). Orientations are uniform, shifts uniform up to 5 % of the box, no B-factor.
@@ -15,6 +16,7 @@ States come from real atomic models in the folder named by RECON_NB_DATA (simula
 | s2_uniform, s2_cooperative, s2_noncontiguous | 50 states of an IgG (1IGY) one of whose Fabs turns by 1.47 rad: even, three broad or three narrow clusters |
 | s2_small | the same motion over --range rad about its middle, 50 states, even; only the outer part with --mass-share of the mass turns, where that is given |
 | occupancy | --share of the particles lack a piece with --mass-share of the mass; the IgG in the middle of its motion |
+| s3 | four states of the assembly of the large ribosomal subunit, each as often, as tilt series |
 | s1_50s, s2_null | nothing: the 50S; the IgG in the middle of its motion |
 
 A share of mass is a share of the sum over atoms (without hydrogens and waters) of atomic number times occupancy. A piece is compact and grows with its
@@ -23,6 +25,11 @@ share: the atoms that are nearest to the tip of the moving Fab, as many as make 
 Nuisances, all recorded in simulation.json: --rot-error reports wrong orientations to the star file, while the images are made with the true ones, which
 truth.csv keeps. The error is a rotation in the frame of the image whose vector (axis times angle) has components N(0, DEG / sqrt(3)), so that the root
 mean square of its angle is DEG. --contrast multiplies the signal of every image by N(1, SD), drawn again where it is below .2 (truth.csv: contrast).
+
+s3 are 4 x 250 particles (--n counts particles there) x 41 tilts to 60 degrees in steps of 3, dose-symmetric, 3 e/Å² each, 32 px: the scheme of tomoDRGN's
+benchmark (Powell & Davis 2024). Structural noise is one field per particle that all its tilts see (--structure image: a new one for every image, as published), with
+--structural-snr 1.4, and shot noise has --snr .1, both after the CTF and before dose and tilt take their share. Offsets are 3-D and --rot-error is one error for all tilts of a
+particle. The star file is Warp's: rlnGroupName, rlnCtfBfactor = -4 dose, rlnCtfScalefactor = cos(tilt).
 
 Images pass through a temporary file beside the result, so memory does not grow with their number beyond the tables (disk: twice the stack while it works).
 """
@@ -36,18 +43,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recon_nb.core import InputError, Volume, make_generator
+from recon_nb.core import CTFParams, InputError, Volume, make_generator
 from recon_nb.files import read_volume
 from recon_nb.simulate import Atoms, SimulatedStack, draw_ctf, read_atoms, simulate_bandlimited_density, simulate_stack, write_simulation
 from recon_nb.so3 import rotvec_to_matrix
+from recon_nb.tiltsimulation import SimulatedTilts, TiltScheme, list_dose_symmetric, simulate_tilts, structures, write_tilts
 
 HINGE_STEP = 0.03  # rad between neighbouring states of S2
 N_STATES = 50  # of S2
 MIDDLE = -HINGE_STEP * (N_STATES - 1) / 2  # rad
 S1_SHARES = {"30S": 10, "50S": 15, "70S": 25}
 S2_CENTERS, S2_SPREAD = (10, 25, 40), {"s2_cooperative": 0.09, "s2_noncontiguous": 0.03}  # states; rad
-SETS = ("s1", "s1_50s", "s2_uniform", *S2_SPREAD, "s2_null", "s2_small", "occupancy")
-OPTIONS = {"range": ("s2_small",), "share": ("occupancy",), "mass_share": ("s2_small", "occupancy")}  # which sets take which
+SETS = ("s1", "s1_50s", "s2_uniform", *S2_SPREAD, "s2_null", "s2_small", "occupancy", "s3")
+OPTIONS = {"range": ("s2_small",), "share": ("occupancy",), "mass_share": ("s2_small", "occupancy"), "structure": ("s3",), "structural_snr": ("s3",)}  # which sets take which
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,12 @@ def make_null(folder: Path, *, box: int) -> States:
     return States(hinge.render([hinge.turn(MIDDLE)], box), ["igg_middle"])
 
 
+def load_assembly(folder: Path) -> States:
+    "Return four states of the large subunit as it assembles, means of real maps, 64 px in a field of 419.2 Å."
+    paths = sorted((folder / "lsu_real_64").glob("*.mrc"))
+    return States([read_volume(path) for path in paths], [path.stem for path in paths])
+
+
 def draw_hinge_labels(name: str, n: int, seed: int) -> torch.Tensor | None:
     "Return state labels (n,) of a mixture of three Gaussians, or None for the uniform set (exact counts)."
     if name not in S2_SPREAD:
@@ -178,6 +192,8 @@ def draw_contrast(n: int, sigma: float, seed: int) -> torch.Tensor | None:
 
 def choose_states(args: argparse.Namespace, folder: Path) -> States:
     "Return the states of one benchmark set."
+    if args.set == "s3":
+        return load_assembly(folder)
     if args.set.startswith("s1"):
         return load_ribosome(folder, ["50S"] if args.set == "s1_50s" else list(S1_SHARES))
     if args.set == "s2_null":
@@ -190,6 +206,15 @@ def choose_states(args: argparse.Namespace, folder: Path) -> States:
     return load_motion(folder, args.set, box=args.box, n=args.n, seed=args.seed)
 
 
+def simulate_series(args: argparse.Namespace, states: States, ctf: CTFParams) -> SimulatedTilts:
+    "Return tilt series of some states."
+    noise = {"snr": args.snr, "structural_snr": args.structural_snr or 1.4, "structure": args.structure or "field"}
+    return simulate_tilts(
+        states.volumes, args.n, names=states.names, scheme=TiltScheme(list_dose_symmetric(60, 3), 3.0), box=args.box, ctf=ctf, seed=args.seed, rot_error=args.rot_error,
+        scratch=args.out, **noise,
+    )
+
+
 def simulate_set(args: argparse.Namespace, data: Path) -> tuple[SimulatedStack, dict]:
     "Return the SimulatedStack of one benchmark set, its images in a temporary file, and what is to be said of it."
     folder = data / "simulated"
@@ -198,6 +223,8 @@ def simulate_set(args: argparse.Namespace, data: Path) -> tuple[SimulatedStack, 
     pool = np.stack([pool[key] for key in ("defocus_u", "defocus_v", "defocus_angle")], axis=1)
     generator = make_generator(args.seed, "benchmark", "ctf")
     ctf = draw_ctf(args.n, defocus_pool=pool, voltage=300.0, cs=2.0, amplitude_contrast=0.1, generator=generator)
+    if args.set == "s3":
+        return simulate_series(args, states, ctf), {"set": args.set, "rot_error": args.rot_error}
     simulated = simulate_stack(
         states.volumes, args.n, names=states.names, weights=states.weights, labels=states.labels, box=args.box, snr=args.snr, seed=args.seed, ctf=ctf,
         contrast=draw_contrast(args.n, args.contrast, args.seed), rot_error=args.rot_error, scratch=args.out,
@@ -211,8 +238,8 @@ def parse_arguments() -> argparse.Namespace:
     "Read the command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, required=True)
-    parser.add_argument("--box", type=int, default=64, help="px")
-    parser.add_argument("--n", type=int, default=10_000, help="images")
+    parser.add_argument("--box", type=int, help="px, 64 unless given; s3: 32")
+    parser.add_argument("--n", type=int, help="images, 10000 unless given; s3: particles, 1000")
     parser.add_argument("--snr", type=float, default=0.1, help="after the CTF, over the whole frame")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rot-error", type=float, default=0.0, metavar="DEG", help="degrees, root mean square error of the reported orientations")
@@ -220,11 +247,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--range", type=float, metavar="RAD", help="s2_small: range of the motion, .3 unless given")
     parser.add_argument("--share", type=float, help="occupancy: share of the particles that lack the piece, .5 unless given")
     parser.add_argument("--mass-share", type=float, help="occupancy: share of the mass that they lack, .1 unless given; s2_small: that moves, the whole Fab unless given")
+    parser.add_argument("--structural-snr", type=float, help="s3: of structural noise after the CTF, 1.4 unless given")
+    parser.add_argument("--structure", choices=sorted(structures), help="s3: one field per particle, as it is unless given, or one per image")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     for name, sets in OPTIONS.items():
         if getattr(args, name) is not None and args.set not in sets:
             parser.error(f"--{name.replace('_', '-')} is for --set {' or '.join(sets)}")
+    box, n = (32, 1000) if args.set == "s3" else (64, 10_000)
+    args.box, args.n = args.box or box, args.n or n
+    if args.set == "s3" and args.contrast:
+        parser.error("--contrast is for sets of single images")
     if args.rot_error < 0 or args.contrast < 0:
         parser.error("--rot-error and --contrast are 0 or more")
     if not os.environ.get("RECON_NB_DATA"):
@@ -239,7 +272,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         simulated, facts = simulate_set(args, Path(os.environ["RECON_NB_DATA"]))
-        star = write_simulation(args.out, simulated, facts)
+        star = (write_tilts if args.set == "s3" else write_simulation)(args.out, simulated, facts)
     except InputError as error:
         sys.exit(str(error))
     print(f"{star}: {len(simulated.truth)} images, {args.box} px, {simulated.stack.pixel_size:.3f} Å, noise {simulated.noise_sigma:.4g}")

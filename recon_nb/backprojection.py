@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FourierSums', 'assign_halves', 'add_batch', 'compute_grid_shells', 'compute_constant_ridge', 'compute_spectral_ridge',
-           'solve_map', 'BackprojectionResult', 'solve_sums', 'backproject']
+           'solve_map', 'BackprojectionResult', 'solve_sums', 'backproject', 'choose_lowest_dose']
 
 # %% ../nbs/13b_backprojection.ipynb #79975958
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import Batch, ConfigError, InputError, NumericalError, TensorRecord, Volume, suggest_names
 from .fourier import Lattice
 from .fsc import FSCCurve, compute_fsc
-from .imaging import compute_slice_coords, compute_transfer, grid_to_volume, insert_slices, shift_images, symmetrize_grid
+from .imaging import compute_error_weights, compute_slice_coords, compute_transfer, grid_to_volume, insert_slices, shift_images, symmetrize_grid
 
 # %% ../nbs/13b_backprojection.ipynb #d32b64e2
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def add_batch(
     lattice: Lattice,  # of the images
     *,
     pad: int = 2,  # zero-padding factor of the sums
-    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function
+    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights
     premultiplied: bool = False,  # the images already carry a factor CTF
     split: str = "particle",  # or "image", see assign_halves
     halves: Tensor | None = None,  # (P,) 1 or 2, see assign_halves
@@ -95,8 +95,10 @@ def add_batch(
         transfer = compute_transfer(ctf, tilt, lattice, dose=dose, n_coefficients=m)
         if transfer is None:
             transfer = torch.ones(images.shape, device=images.device)
-        share = lattice.multiplicity[:m] / 2
-        values = shift_images(images, poses.shift, lattice) * (share if premultiplied else transfer * share)
+        damage = compute_error_weights(ctf, tilt, lattice, dose="off" if dose == "off" else "weight", n_coefficients=m)
+        share = lattice.multiplicity[:m] / 2 * (damage if dose == "weight" else 1)
+        to_come = transfer if not premultiplied else damage if dose == "model" else 1  # what the images were not multiplied by yet
+        values = shift_images(images, poses.shift, lattice) * (share * to_come)
         coords = compute_slice_coords(lattice.coords[:m], poses.rot.to(lattice.coords.dtype))
         insert_slices(sums.num[h], sums.den[h], values, transfer.square() * share, coords=coords, box=lattice.box, pad=pad)
         sums.n_images[h] += len(rows)
@@ -193,7 +195,7 @@ def backproject(
     lattice: Lattice,  # of the images
     *,
     pad: int = 2,  # zero padding in Fourier interpolation; 1 is faster, smaller and less accurate near the edge of the box
-    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function
+    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights
     premultiplied: bool = False,  # the images already carry a factor CTF
     split: str = "particle",  # or "image", as a check of the input
     halves: Tensor | None = None,  # (P,) RELION's 1 or 2 by particle; even and odd particle index where None
@@ -210,3 +212,18 @@ def backproject(
     for batch in batches:
         add_batch(sums, batch, lattice, pad=pad, dose=dose, premultiplied=premultiplied, split=split, halves=halves)
     return solve_sums(sums, lattice, pad=pad, regularization=regularization, weight=weight, mask=mask)
+
+# %% ../nbs/13b_backprojection.ipynb #6cbd4fdb
+def choose_lowest_dose(
+    particle: Tensor,  # (N,) int64, particle of each image
+    dose: Tensor,  # (N,) e/Å²
+    n_tilts: int,  # images to keep of each particle; all where it has fewer
+) -> Tensor:  # (n,) int64, ascending
+    "Return the images that have the lowest dose of their particle's; raise `InputError` for less than one."
+    if n_tilts < 1:
+        raise InputError(f"{n_tilts} tilts of each particle leave nothing; choose 1 or more.")
+    order = torch.argsort(dose, stable=True)
+    order = order[torch.argsort(particle[order], stable=True)]  # by particle, then by dose
+    _, first, count = torch.unique_consecutive(particle[order], return_inverse=True, return_counts=True)
+    rank = torch.arange(len(order), device=order.device) - (torch.cumsum(count, 0) - count)[first]
+    return torch.sort(order[rank < n_tilts]).values

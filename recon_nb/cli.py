@@ -384,24 +384,33 @@ def backproject_particles(
     *,
     out: str,  # folder to make: map.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png
     first: int | None = None,  # use the first N particles only
+    n_tilts: list[int] | None = None,  # images of each particle to use, lowest dose first; several numbers also give the resolution by number; None = all
+    split: Literal["particle", "image"] = "particle",  # half-maps of different particles; of different images is a check of the input and tells no resolution
     mask: str | None = None,  # .mrc that the FSC is computed in; the maps stay unmasked
     pad: int = 2,  # zero padding of the Fourier grid; 1 takes an eighth of the memory and is coarser
     regularization: str = "spectral_snr",  # spectral_snr, or constant as in cryoDRGN-ET
-    dose: str = "off",  # model weights tilt images by dose and tilt
+    dose: Literal["auto", "model", "weight", "off"] = "auto",  # dose and tilt enter the model, the weights or nothing; auto = the model, for a tilt series
     flip_hand: bool = False,  # mirror the maps along z
     **data,
 ) -> None:
-    "Reconstruct a map and two half-maps with the poses of the file: are poses and CTF right?"
+    """Reconstruct a map and two half-maps with the poses of the file: are poses and CTF right?
+
+    Resolution against number of tilts: --n-tilts 1 3 10 41 adds n_tilts.csv, n_tilts.png and n_tilts_fsc.csv; the maps are those of the largest number.
+    """
     from recon_nb.analysis import require_new_folder
-    from recon_nb.consensus import backproject_stack, write_consensus
+    from recon_nb.consensus import backproject_stack, scan_n_tilts, write_consensus, write_scan
     from recon_nb.datasets import load_stack
     from recon_nb.files import read_volume
 
     require_new_folder(out)
     inside = None if mask is None else read_volume(mask, data.get("pixel_size"))
-    result = backproject_stack(load_stack(particles, **data), first=first, pad=pad, regularization=regularization, dose=dose, mask=inside)
+    stack, options = load_stack(particles, **data), {"first": first, "pad": pad, "regularization": regularization, "dose": dose, "split": split, "mask": inside}
+    scan = scan_n_tilts(stack, n_tilts, **options) if n_tilts else {0: backproject_stack(stack, **options)}
+    result = list(scan.values())[-1]
     print_resolution(result.fsc)
     print(f"{sum(result.n_images)} images: {write_consensus(out, result, flip_hand=flip_hand)}")
+    if len(scan) > 1:
+        print(write_scan(out, scan).to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #d1582841
 def print_resolution(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .core import CTFParams, InputError, Poses, TensorRecord, TiltInfo, Volume, make_generator, suggest_names
 from .datasets import ParticleStack
-from .files import ParticleTable, StarSource, format_image_names, make_star_block
+from .files import ParticleTable, StarSource, format_image_names, make_star_block, make_tilt_columns
 from .fourier import Lattice
 from .imaging import add_noise, compute_transfer, corrupt
 from recon_nb.simulate import (
@@ -293,20 +293,18 @@ def make_tilt_images(
 
 # %% ../nbs/22a_tiltsimulation.ipynb #0477b35a
 def build_warp_source(
-    table: ParticleTable,  # N images with poses, CTF, dose, tilt_angle, order, particle_name
+    table: ParticleTable,  # N images with poses, CTF, dose, tilt_angle, micrograph, particle_name
 ) -> StarSource:
     "Describe a tilt series as the one block that Warp and M export."
     rows, n = table.rows, table.n_images
-    number = rows["tilt_angle"].rank(method="dense").astype(int)
     columns = {
         "rlnMagnification": [10000.0] * n, "rlnDetectorPixelSize": [float(table.pixel_size)] * n,
         "rlnVoltage": rows["voltage"], "rlnSphericalAberration": rows["cs"], "rlnAmplitudeContrast": rows["amplitude_contrast"], "rlnPhaseShift": rows["phase_shift"],
         "rlnDefocusU": rows["defocus_u"], "rlnDefocusV": rows["defocus_v"], "rlnDefocusAngle": rows["defocus_angle"],
         "rlnImageName": format_image_names(rows["stack"], rows["slice"]),
-        "rlnMicrographName": [f"{tomogram}_{i:02d}.mrc" for tomogram, i in zip(rows["tomogram"], number)],
         "rlnAngleRot": rows["euler_rot"], "rlnAngleTilt": rows["euler_tilt"], "rlnAnglePsi": rows["euler_psi"],
         "rlnOriginX": rows["shift_x"] / table.pixel_size, "rlnOriginY": rows["shift_y"] / table.pixel_size,
-        "rlnCtfBfactor": -4 * rows["dose"], "rlnCtfScalefactor": np.cos(np.deg2rad(rows["tilt_angle"])), "rlnTomoNominalStageTiltAngle": rows["tilt_angle"],
+        **make_tilt_columns(rows),
         "rlnRandomSubset": rows["half"], "rlnGroupName": rows["particle_name"],
     }
     return StarSource((make_star_block("", {name: list(values) for name, values in columns.items()}),), 0)
@@ -325,7 +323,8 @@ def tabulate_tilts(
     names = [f"{tomogram}_{i:07d}" for i in seen.particle.tolist()]
     history = {name: values.double().numpy() for name, values in vars(seen.tilt).items()} | {"order": seen.tilt.order.numpy()}
     rows = table.rows.drop(columns=["bfactor", "scale"]).assign(**history, tomogram=tomogram, particle_name=names)
-    table = replace(table, rows=rows)
+    number = rows["tilt_angle"].rank(method="dense").astype(int)
+    table = replace(table, rows=rows.assign(micrograph=[f"{tomogram}_{i:02d}.mrc" for i in number]), dose_convention="before")
     return replace(table, source=build_warp_source(table))
 
 # %% ../nbs/22a_tiltsimulation.ipynb #dc7625d1
