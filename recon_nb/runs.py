@@ -124,9 +124,11 @@ class ModelConfig(Section):
     "What is fitted to the images."
 
     zdim: int = 8  # Z, dimension of the latent space; 0 for one volume without heterogeneity
-    encoder: str = "image"  # kind of encoder: image (as published), or subspace (starts from a closed-form solution)
-    encoder_dim: int = 1024  # width of the image encoder's layers
-    encoder_layers: int = 3  # hidden layers of the image encoder
+    encoder: str = "image"  # kind of encoder: image (as published), tilt (for tilt series, as published), or subspace (starts from a closed-form solution)
+    encoder_dim: int = 1024  # width of the image or tilt encoder's layers
+    encoder_layers: int = 3  # hidden layers of the image encoder, and of both stages of the tilt encoder
+    pooling: Literal["concatenate", "mean", "max", "median", "attention"] = "mean"  # how the tilt encoder joins the images of a particle; concatenate needs n_tilts
+    tilt_features: int = 128  # numbers to which the tilt encoder reduces an image before it joins them
     decoder_dim: int = 1024  # width of the decoder's layers
     decoder_layers: int = 3  # hidden layers of the decoder
     network: str = "residual"  # kind of layers of both
@@ -136,11 +138,13 @@ class ModelConfig(Section):
     encoder_radius: float | None = None  # Fourier px that the encoder sees; null = all
     rank: int = 8  # directions beside the mean, of the subspace encoder and the lowrank decoder
     manifold: str = "network"  # how their coefficients depend on the latent: network, curve or linear
-    dose: str = "off"  # "model" puts dose and tilt into the forward model
+    dose: Literal["off", "model", "weight"] = "off"  # where dose and tilt of a tilt series enter: the forward model (cryoDRGN-ET) or the weights of the squared error (tomoDRGN)
+    dose_mask: bool = False  # leave out the coefficients of a tilt series that were recorded beyond their optimal dose (tomoDRGN)
     beta: float | None = None  # weight of the KL term; null = 1 / zdim
     beta_schedule: str = "constant"  # of beta over the whole training
+    beta_per: Literal["image", "series"] = "image"  # what the KL term is divided by: the pixels of an image, or zdim and the pixels of all images of the particle (tomoDRGN)
 
-    ranges = {"zdim": (0, 4096), "encoder_dim": (1, 65536), "decoder_dim": (1, 65536), "encoder_layers": (0, 64),
+    ranges = {"zdim": (0, 4096), "tilt_features": (1, 65536), "encoder_dim": (1, 65536), "decoder_dim": (1, 65536), "encoder_layers": (0, 64),
               "decoder_layers": (0, 64), "encoding_scale": (0.0, 1e3), "encoder_radius": (1.0, 4096.0), "rank": (1, 1024), "beta": (0.0, 1e6)}
 
 # %% ../nbs/40_runs.ipynb #7f4d38e8
@@ -150,6 +154,9 @@ class TrainConfig(Section):
 
     epochs: int = 20  # passes over the data
     batch_size: int | Literal["auto"] = 8  # particles a step and process; auto = as many as fit the memory and pay, at most 64
+    n_tilts: int | None = None  # images of a particle that a step looks at, where it has more; null = all
+    tilt_sampling: Literal["dose", "random"] = "dose"  # which: those of lowest dose (cryoDRGN-ET), or others at every visit (tomoDRGN; encodes all)
+    optimizer: Literal["adam", "adamw"] = "adam"  # adamw: decay of the weights beside the gradient
     learning_rate: float = 1e-4  # of Adam, for 8 particles a step
     scale_learning_rate: Literal["none", "sqrt", "linear"] = "none"  # how the rate grows with the particles a step of all processes
     weight_decay: float = 0.0  # L2 penalty of Adam
@@ -170,7 +177,7 @@ class TrainConfig(Section):
     pose_start_epoch: int = 1  # epochs with fixed poses before (cryoDRGN)
     n_workers: int = 2  # threads that read images ahead of the step
 
-    ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0),
+    ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "n_tilts": (1, 10000), "learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0),
               "warmup_epochs": (0.0, 1e6), "checkpoint_every": (1, 1e6), "start_radius": (0.01, 1.0), "radius_epochs": (1e-3, 1e6), "pixel_fraction": (1e-3, 1.0),
               "checkpoint_minutes": (0.0, 1e6), "keep_last": (0, 1e6), "encode_every": (0, 1e6),
               "pose_learning_rate": (0.0, 10.0), "pose_start_epoch": (0, 1e6), "n_workers": (0, 256), "seed": (0, 2**63 - 1)}
@@ -231,12 +238,23 @@ def config_from_dict(
 presets: dict[str, dict[str, dict[str, Any]]] = {
     "cryodrgn": {
         "data": {"window_radius": 0.85, "window_edge": 0.14},
-        "model": {"zdim": 8, "encoder": "image", "encoder_dim": 1024, "encoder_layers": 3, "decoder_dim": 1024, "decoder_layers": 3,
-                  "network": "residual", "decoder": "positional", "encoding": "gaussian", "encoding_scale": 0.5,
-                  "encoder_radius": None, "rank": 8, "manifold": "network", "dose": "off", "beta": None, "beta_schedule": "constant"},
-        "train": {"epochs": 20, "batch_size": 8, "learning_rate": 1e-4, "scale_learning_rate": "none", "weight_decay": 0.0, "schedule": "constant",
-                  "warmup_epochs": 0.0, "start_radius": 1.0, "radius_epochs": 1.0, "pixel_fraction": 1.0, "pose_learning_rate": 3e-4, "pose_start_epoch": 1},
+        "model": {"zdim": 8, "encoder": "image", "encoder_dim": 1024, "encoder_layers": 3, "pooling": "mean", "tilt_features": 128,
+                  "decoder_dim": 1024, "decoder_layers": 3, "network": "residual", "decoder": "positional", "encoding": "gaussian", "encoding_scale": 0.5,
+                  "encoder_radius": None, "rank": 8, "manifold": "network", "dose": "off", "dose_mask": False, "beta": None, "beta_schedule": "constant", "beta_per": "image"},
+        "train": {"epochs": 20, "batch_size": 8, "n_tilts": None, "tilt_sampling": "dose", "optimizer": "adam", "learning_rate": 1e-4, "scale_learning_rate": "none",
+                  "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0, "start_radius": 1.0, "radius_epochs": 1.0, "pixel_fraction": 1.0,
+                  "pose_learning_rate": 3e-4, "pose_start_epoch": 1},
     },
+}
+presets["tomodrgn"] = {
+    "data": presets["cryodrgn"]["data"],
+    "model": {**presets["cryodrgn"]["model"], "encoder": "tilt", "encoder_dim": 256, "decoder_dim": 256, "dose": "weight", "dose_mask": True, "beta": 1.0, "beta_per": "series"},
+    "train": {**presets["cryodrgn"]["train"], "batch_size": 1, "tilt_sampling": "random", "optimizer": "adamw", "learning_rate": 2e-4},
+}
+presets["et"] = {
+    "data": presets["cryodrgn"]["data"],
+    "model": {**presets["cryodrgn"]["model"], "encoder": "tilt", "pooling": "concatenate", "dose": "model", "beta": 0.025},
+    "train": {**presets["cryodrgn"]["train"], "n_tilts": 10},
 }
 
 # %% ../nbs/40_runs.ipynb #279a5156
