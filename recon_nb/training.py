@@ -8,9 +8,10 @@ __all__ = ['rate_schedules', 'rate_scales', 'largest_batch', 'draw_noise', 'cycl
            'settle_batch_size', 'PoseTable', 'join_team', 'wait_for_team', 'gather_objects', 'weigh_terms',
            'compute_shares', 'average_sparse_gradient', 'list_parameter_groups', 'Learner', 'build_adam',
            'get_random_state', 'set_random_state', 'Progress', 'EpochStats', 'Meter', 'StopRequest', 'catch_signals',
-           'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'walk_epoch', 'fit', 'Stopwatch',
-           'summarize_epoch', 'encode_all', 'build_run_model', 'compile_model', 'log_suspicions', 'load_dataset',
-           'load_model', 'load_pose_table', 'encode_epoch', 'start_encoder', 'train_run']
+           'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'choose_shown', 'walk_epoch', 'fit',
+           'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded', 'measure_spread', 'build_run_model',
+           'compile_model', 'log_suspicions', 'load_dataset', 'load_model', 'load_pose_table', 'encode_epoch',
+           'start_encoder', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -45,6 +46,7 @@ from .models import ReconstructionModel, build_model
 from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, resume_run, split_tree, update_config, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 from .starts import needs_start, start_model
+from .tiltsampling import count_shown, limit_tilts
 
 # %% ../nbs/41_training.ipynb #b8ec0225
 def draw_noise(
@@ -163,7 +165,7 @@ def settle_batch_size(
     config = run.config
     if config.train.batch_size == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else find_free_memory()
-        n_bytes = estimate_activations(config, dataset.lattice, device) * float(dataset.counts.max())
+        n_bytes = estimate_activations(config, dataset.lattice, device) * float(count_shown(dataset, config.train.n_tilts).max())
         chosen = min(gather_objects(choose_batch_size(n_bytes, free, largest_batch.get(device.type, 8))))
         if is_main():
             write_json(run.path / "config.json", config_to_dict(update_config(config, {"train.batch_size": chosen})))
@@ -364,12 +366,12 @@ class Learner:
 # %% ../nbs/41_training.ipynb #b0054ea9
 def build_adam(
     groups: list[dict[str, Any]],  # parameter groups
-    train: TrainConfig,  # rate and decay
+    train: TrainConfig,  # kind, rate and decay
     device: torch.device,  # where the parameters are
 ) -> torch.optim.Adam:
-    "Build Adam, fused where torch has it for the device."
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.Adam(groups, lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused)
+    "Build Adam or AdamW, fused where torch has it for the device."
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return kind(groups, lr=train.learning_rate, weight_decay=train.weight_decay, fused=device.type in ("cpu", "cuda"))
 
 # %% ../nbs/41_training.ipynb #cb13c7d9
 def get_random_state() -> dict[str, Any]:  # tensors and plain values
@@ -578,6 +580,15 @@ def settle_data(
         if not math.isclose(facts[name], value, rel_tol=1e-6):
             raise RunError(f"The images are not those that {run.path} began with: {name} was {value} and is {facts[name]}. Give the same input, or start a new run with -o.")
 
+# %% ../nbs/41_training.ipynb #cd0f16b5
+def choose_shown(
+    dataset: ParticleDataset,  # P particles
+    train: TrainConfig,  # how many tilts, and which
+    epoch: int,  # completed epochs
+) -> ParticleDataset:  # of the same particles
+    "Return the view of a data set that an epoch shows."
+    return limit_tilts(dataset, train.n_tilts, train.tilt_sampling, seed=train.seed, epoch=epoch)
+
 # %% ../nbs/41_training.ipynb #b819ee94
 def walk_epoch(
     dataset: ParticleDataset,  # P particles
@@ -615,13 +626,13 @@ def fit(
         progress, stop = restore_progress(run, learner), False
         net = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
         while progress.epoch < train.epochs and not stop:
-            meter, clock = Meter(progress, dataset, on_step), Stopwatch(progress.seconds, train.checkpoint_minutes)
-            for joint, batch in walk_epoch(dataset, train, progress):
+            meter, clock, seen = Meter(progress, dataset, on_step), Stopwatch(progress.seconds, train.checkpoint_minutes), choose_shown(dataset, train, progress.epoch)
+            for joint, batch in walk_epoch(seen, train, progress):
                 elapsed = progress.epoch + progress.step / n_steps
                 beta, keys = beta_at(elapsed / train.epochs), (train.seed, progress.epoch, progress.step)
                 noise = draw_noise(len(joint), model.zdim, keys=keys, rank=rank, world_size=world_size)
                 terms = net(learner.place(batch, device), beta=beta, noise=None if noise is None else noise.to(device), **limit_coefficients(model, train, elapsed, keys=keys))
-                terms = weigh_terms(terms, compute_shares(dataset, joint, rank, world_size=world_size))
+                terms = weigh_terms(terms, compute_shares(seen, joint, rank, world_size=world_size))
                 terms.total.backward()
                 learner.step(elapsed, len(joint))
                 progress.step += 1
@@ -631,7 +642,7 @@ def fit(
                         save_progress(run, learner, dataclasses.replace(progress, seconds=clock.read()))
                         if stop:
                             return
-            stats = summarize_epoch(progress, clock.read(), dataset, rate=learner.optimizer.param_groups[0]["lr"], beta=beta)
+            stats = summarize_epoch(progress, clock.read(), seen, rate=learner.optimizer.param_groups[0]["lr"], beta=beta)
             progress = Progress(epoch=stats.epoch)
             if is_main():
                 append_log(run, stats.to_row())
@@ -664,14 +675,14 @@ class Stopwatch:
 def summarize_epoch(
     progress: Progress,  # at the end of an epoch
     seconds: float,  # s, spent on it
-    dataset: ParticleDataset,  # knows how many images there are
+    dataset: ParticleDataset,  # knows how many images were shown
     *,
     rate: float,  # last learning rate
     beta: float,  # last weight of the KL term
 ) -> EpochStats:
     "Return the means of an epoch."
     losses = {name: total / progress.n_seen for name, total in progress.sums.items()}
-    return EpochStats(progress.epoch + 1, losses, rate, beta, seconds, dataset.n_images / seconds)
+    return EpochStats(progress.epoch + 1, losses, rate, beta, seconds, int(dataset.counts.sum()) / seconds)
 
 # %% ../nbs/41_training.ipynb #b835f00e
 @torch.no_grad()
@@ -679,15 +690,15 @@ def encode_all(
     model: nn.Module,  # model.encode(batch) -> (mu, logvar)
     dataset: ParticleDataset,  # P particles
     *,
-    batch_size: int = 256,  # particles a step and process
+    batch_size: int = 256,  # images a step and process; one particle at least
     n_workers: int = 2,  # threads that read ahead
     pose_table: PoseTable | None = None,  # corrections of the poses
 ) -> Latents:  # (P, Z) on the CPU, by ascending particle
     "Encode every particle; all processes take part and all receive the whole."
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    parts = []
-    for batch in iterate_batches(dataset, batch_size, shuffle=False, rank=get_rank(), world_size=get_world_size(), n_workers=n_workers):
+    parts, size = [], max(1, batch_size // int(dataset.counts.max()))
+    for batch in iterate_batches(dataset, size, shuffle=False, rank=get_rank(), world_size=get_world_size(), n_workers=n_workers):
         placed = batch.to(device, non_blocking=True)
         if pose_table is not None:
             placed = dataclasses.replace(placed, poses=pose_table(placed.poses, dataset.find_rows(batch.particle).to(device)))
@@ -698,6 +709,30 @@ def encode_all(
     order = torch.argsort(particle)
     return Latents(mu[order], logvar[order], particle[order]).validate()
 
+# %% ../nbs/41_training.ipynb #4e8604d2
+def choose_encoded(
+    dataset: ParticleDataset,  # P particles
+    config: RunConfig,  # names encoder and sampling
+) -> ParticleDataset:  # of the same particles
+    "Return the view of a data set that a run encodes."
+    concatenates = config.model.encoder == "tilt" and config.model.pooling == "concatenate"
+    is_whole = config.train.tilt_sampling == "random" and not concatenates
+    return limit_tilts(dataset, None if is_whole else config.train.n_tilts)
+
+# %% ../nbs/41_training.ipynb #e79a6f84
+def measure_spread(
+    model: nn.Module,  # model.encode(batch) -> (mu, logvar)
+    dataset: ParticleDataset,  # P particles, all of their tilts
+    n_tilts: int,  # images of a particle in a subset
+    *,
+    n_draws: int = 8,  # subsets
+    seed: int = 0,  # of the draws
+    **options: Any,  # of `encode_all`
+) -> Tensor:  # (P, Z) standard deviation over the subsets, by ascending particle
+    "Return how much the latents of every particle depend on which of its tilts are seen."
+    views = (limit_tilts(dataset, n_tilts, "random", seed=seed, epoch=draw) for draw in range(n_draws))
+    return torch.stack([encode_all(model, view, **options).mu for view in views]).std(dim=0)
+
 # %% ../nbs/41_training.ipynb #b48faa11
 def build_run_model(
     config: RunConfig,  # names the model
@@ -706,7 +741,7 @@ def build_run_model(
     "Build the model that a configuration describes."
     options = dataclasses.asdict(config.model)
     del options["beta"], options["beta_schedule"]
-    return build_model(lattice, **options, bf16=config.train.bf16, seed=config.train.seed)
+    return build_model(lattice, **options, n_tilts=config.train.n_tilts, bf16=config.train.bf16, seed=config.train.seed)
 
 # %% ../nbs/41_training.ipynb #96255cd1
 def compile_model(
@@ -719,7 +754,8 @@ def compile_model(
     "Let torch compile the decoder where the settings ask for it."
     if not (device.type == "cuda" if train.compile == "auto" else train.compile):
         return None
-    is_steady = train.start_radius == 1 and int(dataset.counts.min()) == int(dataset.counts.max())
+    counts = count_shown(dataset, train.n_tilts)
+    is_steady = train.start_radius == 1 and not model.dose_mask and int(counts.min()) == int(counts.max())
     mode = "reduce-overhead" if device.type == "cuda" and is_steady else "default"
     model.decoder.compile_network(mode)
     return mode
@@ -808,7 +844,7 @@ def encode_epoch(
     model = load_model(run, epoch, device=device) if model is None else model
     table = load_pose_table(run, dataset, epoch) if train.optimize_poses else None
     device = next(model.parameters()).device
-    latents = encode_all(model, dataset, n_workers=train.n_workers, pose_table=table.to(device) if table else None)
+    latents = encode_all(model, choose_encoded(dataset, run.config), n_workers=train.n_workers, pose_table=table.to(device) if table else None)
     if is_main():
         run.save_latents(epoch, latents)
 
