@@ -10,7 +10,7 @@ __all__ = ['particle_columns', 'matrix_columns', 'check_particles', 'compute_ori
            'plot_neighbor_distances', 'plot_neighbor_directions', 'count_classes', 'plot_composition',
            'write_context_page', 'draw_context', 'write_context', 'compute_placements', 'format_matrix',
            'format_map_commands', 'plan_scenes', 'write_scene', 'format_copies', 'place_volumes', 'read_run_particles',
-           'place_run']
+           'require_placed', 'assign_volumes', 'place_run']
 
 # %% ../nbs/60_tomogram.ipynb #60bb8b3c
 import html
@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from scipy.spatial import cKDTree
 
 from .analysis import bind_decoder, choose_epoch, find_latent_rows, require_new_folder
 from .core import ConfigError, InputError, okabe_ito, suggest_names, write_atomic
-from .files import read_mrc_header, read_particles, write_volume
+from .files import ParticleTable, read_mrc_header, read_particles, write_volume
 from .latent import choose_colors, cluster_kmeans, to_points
 from .runs import RunFolder, open_run
 from .so3 import euler_to_matrix, plot_view_directions
@@ -811,21 +812,50 @@ def read_run_particles(
 ) -> pd.DataFrame:  # (P rows) of all particles of the file
     "Return the table of particles in their tomograms that a run's particle file gives."
     data = run.config.data
-    options = {name: getattr(data, name) for name in ("datadir", "coordinates", "dose_scheme") if getattr(data, name, None) is not None}
-    particles = getattr(read_particles(data.particles, **options), "particles", None)
-    if particles is None:
-        raise InputError(f"{data.particles} does not say where its particles lie in tomograms; give the table of coordinates (--coordinates VOLS.star), or a tilt-series file that has them.")
-    return check_particles(particles)
+    options = {name: getattr(data, name) for name in signature(read_particles).parameters if hasattr(data, name)}
+    return require_placed(read_particles(data.particles, **options))
 
 # %% ../nbs/60_tomogram.ipynb #787fdfc4
+def require_placed(
+    table: ParticleTable,
+) -> pd.DataFrame:  # (P rows) one a particle
+    "Return where the particles of a file lie; raise `InputError` where the file does not say."
+    if table.particles is None:
+        raise InputError(f"{table.path or 'The particle table'} does not say where its particles lie in tomograms; give the table of coordinates (--coordinates VOLS.star), or a tilt-series file that has them.")
+    return check_particles(table.particles)
+
+# %% ../nbs/60_tomogram.ipynb #c22425e4
+def assign_volumes(
+    run: RunFolder,
+    particles: pd.DataFrame,  # (P rows)
+    *,
+    epoch: int,  # of the latents
+    kmeans: int | None = None,  # one volume a cluster for so many clusters; one a particle where absent
+    seed: int = 0,  # of k-means
+) -> tuple[pd.DataFrame, str, dict]:  # particles that have latents, the column that names their volume, and each name's point (Z,), or None
+    "Say which volume every particle gets and where it is decoded."
+    if run.config.model.zdim == 0:
+        return particles.assign(map="consensus"), "map", {"consensus": None}
+    latents = run.load_latents(epoch)
+    table, z = particles[particles.particle.isin(latents.particle.tolist())].reset_index(drop=True), to_points(latents)
+    if not len(table):
+        raise InputError(f"{run.path} has latents of particles {int(latents.particle.min())} to {int(latents.particle.max())}; none of them is in the table of particles.")
+    rows = find_latent_rows(latents, table.particle)
+    if kmeans is None:
+        return table, "particle", dict(zip(table.particle.tolist(), z[rows]))
+    clusters = cluster_kmeans(latents, kmeans, seed=seed)
+    return table.assign(cluster=clusters.labels[rows]), "cluster", dict(enumerate(z[clusters.center_row]))
+
+# %% ../nbs/60_tomogram.ipynb #c0dab2f2
 def place_run(
     run: RunFolder | Path | str,
-    out: Path | str,  # folder to make
+    out: Path | str,  # folder to make: scenes, placements.csv, volumes/
     *,
     particles: pd.DataFrame | None = None,  # where they lie; as the run's particle file says where absent
     chosen: Sequence[int] | None = None,  # particles to place; all where absent
     kmeans: int | None = None,  # one volume a cluster for so many clusters; one a particle where absent
-    tomograms: Mapping[str, Path | str] | None = None,  # name to file of the tomograms to show with the particles
+    color: str | None = None,  # column of the particles to colour by; the cluster where volumes are shared
+    tomograms: Sequence[Path | str] = (),  # files of tomograms to show with the particles, known by their names
     level: float | None = None,  # density of the surfaces; ChimeraX's choice where absent
     epoch: int | None = None,  # None for the latest
     seed: int = 0,  # of k-means
@@ -836,23 +866,17 @@ def place_run(
     run = open_run(run) if not isinstance(run, RunFolder) else run
     epoch, out = choose_epoch(run, epoch), require_new_folder(out)
     table = read_run_particles(run) if particles is None else check_particles(particles)
-    if run.config.model.zdim == 0:
-        table, by, points, keys = table.assign(map="consensus"), "map", None, ["consensus"]
-    else:
-        latents = run.load_latents(epoch)
-        table = table[table.particle.isin(latents.particle.tolist())]
-        rows = find_latent_rows(latents, table.particle)
-        by, keys, points = "particle", table.particle.tolist(), to_points(latents)[rows]
-        if kmeans is not None:
-            clusters = cluster_kmeans(latents, kmeans, seed=seed)
-            by, keys, points = "cluster", list(range(kmeans)), to_points(latents)[clusters.center_row]
-            table = table.assign(cluster=clusters.labels[rows])
+    table, by, points = assign_volumes(run, table, epoch=epoch, kmeans=kmeans, seed=seed)
     if chosen is not None:
+        absent = sorted(set(chosen) - set(table.particle))
+        if absent:
+            raise InputError(f"Particle {absent[0]} has no latents in {run.path}, or no coordinates.")
         table = table[table.particle.isin(list(chosen))]
-    wanted = [key in set(table[by]) for key in keys]
-    keys, points = [key for key, yes in zip(keys, wanted) if yes], None if points is None else points[wanted]
+    shown = {choose_tomogram(table, path=path).tomogram[0]: path for path in tomograms}
+    keys = [key for key in points if (table[by] == key).any()]
     decode, _ = bind_decoder(run, epoch, device=device, **options)
-    volumes = {key: Path(out) / "volumes" / f"{by}_{key:06d}.mrc" if isinstance(key, int) else Path(out) / "volumes" / f"{key}.mrc" for key in keys}
-    for key, volume in zip(keys, decode(points)):
+    names = [f"{by}_{key:06d}" if isinstance(key, int) else str(key) for key in keys]
+    volumes = {key: Path(out) / "volumes" / f"{name}.mrc" for key, name in zip(keys, names)}
+    for key, volume in zip(keys, decode(None if points[keys[0]] is None else np.stack([points[key] for key in keys]))):
         write_volume(volumes[key], volume)
-    return place_volumes(table, volumes, out, by=by, tomograms=tomograms, level=level)
+    return place_volumes(table, volumes, out, by=by, color=color, tomograms=shown, level=level)

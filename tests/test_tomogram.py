@@ -178,10 +178,14 @@ def test_a_run_places_the_volume_of_each_particle(tmp_path, monkeypatch):
     matrices = plan.set_index('particle').loc[particles.particle].filter(regex=r'^m\d\d$').to_numpy().reshape(-1, 3, 4)
     np.testing.assert_allclose(matrices, compute_placements(particles))
     shared = place_run(tmp_path / 'run', tmp_path / 'clusters', particles=particles, kmeans=3, device='cpu')
+    clusters = shared.groupby('cluster')
+    assert (clusters.volume.nunique() == 1).all()
     assert shared.volume.nunique() == 3 and len(shared) == 40
     assert sum(map(len, list_scene(tmp_path / 'clusters', monkeypatch).values())) == 40
     few = place_run(open_run(tmp_path / 'run'), tmp_path / 'few', particles=particles, chosen=[3, 5], device='cpu')
     assert sorted(few.particle) == [3, 5] and len(list((tmp_path / 'few/volumes').iterdir())) == 2
+    with pytest.raises(InputError, match='Particle 99 has no latents'):
+        place_run(tmp_path / 'run', tmp_path / 'bad', particles=particles, chosen=[3, 99], device='cpu')
     with pytest.raises(InputError, match='does not say where its particles lie'):
         place_run(tmp_path / 'run', tmp_path / 'none', device='cpu')
 
