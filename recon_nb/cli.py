@@ -9,8 +9,8 @@ __all__ = ['reading', 'option_sets', 'synonyms', 'path_settings', 'verbs', 'Opti
            'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution',
            'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'fit_particles', 'train_model',
            'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch', 'traverse_latents',
-           'show_demo', 'list_verbs', 'describe_error', 'HeldMessages', 'release_messages', 'show_messages', 'run_verb',
-           'main']
+           'show_particles', 'place_particles', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
+           'release_messages', 'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -506,10 +506,11 @@ def choose_start(
         return {"model.encoder": "subspace"} if fits else {}
     if resume or not latent:
         raise UsageError("--start belongs to a new run with a latent space; leave it out with --resume and --homogeneous.")
-    encoder = {"subspace": "subspace", "none": "image"}[start]
-    if changes.get("model.encoder", encoder) != encoder:
-        raise UsageError(f"--start {start} means --encoder {encoder}; leave one of the two out.")
-    return {"model.encoder": encoder}
+    meant = {"subspace": ("subspace",), "none": ("image", "tilt")}[start]
+    encoder = changes.get("model.encoder", None if preset and start == "none" else meant[0])
+    if encoder is not None and encoder not in meant:
+        raise UsageError(f"--start {start} means --encoder {' or '.join(meant)}; leave one of the two out.")
+    return {} if encoder is None else {"model.encoder": encoder}
 
 # %% ../nbs/90_cli.ipynb #f9ce5f0e
 def fit_particles(
@@ -551,7 +552,7 @@ def train_model(
     particles: str = "",  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf; not needed with --resume
     *,
     out: str,  # run folder to make, or to go on with
-    preset: str | None = None,  # settings of a paper: cryodrgn; options given beside it have the last word
+    preset: str | None = None,  # settings of a paper: cryodrgn, or for tilt series tomodrgn and et; options given beside it have the last word
     homogeneous: bool = False,  # one map without heterogeneity (zdim 0)
     start: Literal["auto", "subspace", "none"] = "auto",  # closed-form latents first, or none, as published; auto = subspace, but none with --preset
     resume: bool = False,  # go on with the run where it stopped
@@ -697,6 +698,60 @@ def traverse_latents(
     export_traversal(run, out, anchors, epoch=epoch, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors, device=device, **volume)
     print(f"{write_z(out)} volumes: {out}")
 
+# %% ../nbs/90_cli.ipynb #1e73228a
+def show_particles(
+    particles: str,  # star file that says where its particles lie in tomograms
+    *,
+    tomogram: str,  # .mrc to show them in
+    out: str,  # folder to make: context.html, pictures, tables
+    name: str | None = None,  # of the tomogram in the particle file; None = found from the file name
+    voxel_size: float | None = None,  # Å of the tomogram; None = as its header says
+    labels: str | None = None,  # csv with a column particle and others, such as the labels.csv of an analysis
+    color: str | None = None,  # column of the particles to colour by; None = the first of --labels
+    points: bool = False,  # draw particles as points, not as cones along their own z axis
+    length: float = 120.0,  # Å, of a cone
+    thickness: float | None = None,  # Å, of the slices; None = five sections
+    n_neighbors: int = 1,  # nearest ones of each particle
+    **data,
+) -> None:
+    "Show particles in their tomogram: an interactive page, neighbours, and class composition."
+    from recon_nb.datasets import load_stack
+    from recon_nb.tomogram import join_labels, open_tomogram, require_placed, write_context
+
+    stack = load_stack(particles, require_images=False, **data)
+    table = require_placed(stack.table)
+    table = table[table.particle.isin(stack.particles.tolist())]
+    if labels is not None:
+        before = set(table)
+        table = join_labels(table, labels)
+        color = color or next((column for column in table if column not in before), None)
+    kind = "points" if points else "cones"
+    write_context(table, open_tomogram(tomogram, voxel_size), out, name=name, color=color, kind=kind, length=length, thickness=thickness, n_neighbors=n_neighbors)
+    print(f"page: {Path(out) / 'context.html'}")
+
+# %% ../nbs/90_cli.ipynb #3ed38465
+def place_particles(
+    run: str,  # run folder
+    *,
+    out: str,  # folder to make: a .cxc for every tomogram, placements.csv, volumes
+    kmeans: int | None = None,  # volumes at the on-data centres of so many clusters, shared by their particles; None = one for every particle
+    particles: list[int] | None = None,  # place these particles; None = all
+    tomograms: list[str] | None = None,  # .mrc files of tomograms to show with the particles; None = none
+    level: float | None = None,  # density of the surfaces; None = ChimeraX's choice, 1 % of the voxels
+    epoch: int | None = None,  # whose weights and latents; None = the last
+    seed: int = 0,  # of k-means
+    device: str = "auto",  # auto, cpu, cuda, ...
+    **volume,
+) -> None:
+    """Write ChimeraX scenes in which every particle's own volume, or its cluster's, stands at its place in the tomogram.
+
+    Open a scene with: chimerax OUT/TOMOGRAM.cxc. Volumes shared by a cluster are opened once.
+    """
+    from recon_nb.tomogram import place_run
+
+    plan = place_run(run, out, chosen=particles, kmeans=kmeans, tomograms=tomograms or (), level=level, epoch=epoch, seed=seed, device=device, **volume)
+    print(f"{len(plan)} particles, {plan.volume.nunique()} volumes, {plan.script.nunique()} scenes: {out}")
+
 # %% ../nbs/90_cli.ipynb #6a7b5289
 def show_demo(
     *,
@@ -730,6 +785,8 @@ verbs: dict[str, Callable] = {
     "volumes": write_volumes,
     "analyze": analyze_epoch,
     "traverse": traverse_latents,
+    "context": show_particles,
+    "place": place_particles,
     "demo": show_demo,
 }
 

@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # mu (B, Z), logvar (B, Z), float32
         "Return mean and log-variance of the latent of every particle; raise `ConfigError` for tilt series."
         if images.shape[1] != 1:
-            raise ConfigError(f"The image encoder sees one image per particle; found {images.shape[1]}. Tilt series need the tilt encoder.")
+            raise ConfigError(f"The image encoder sees one image per particle; found {images.shape[1]}. Tilt series need the tilt encoder: --encoder tilt, or --start subspace.")
         images = images[:, 0, : self.n_coefficients]
         if transfer is not None:
             images = flip_phases(images, transfer[:, 0, : self.n_coefficients])

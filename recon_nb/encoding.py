@@ -18,7 +18,7 @@ import torch
 from .core import InputError, Latents, RunError, write_atomic
 from .datasets import ParticleDataset, measure_background, measure_scale
 from .runs import DataConfig, RunConfig, RunFolder, config_to_dict, require_same_files, save_arrays, update_config, write_json
-from .training import encode_all, load_dataset, load_model, load_pose_table, settle_data
+from .training import choose_encoded, encode_all, load_dataset, load_model, load_pose_table, settle_data
 
 # %% ../nbs/41a_encoding.ipynb #c6e9860b
 def write_latents_csv(
@@ -49,7 +49,7 @@ def encode_own(
         dataset = load_dataset(update_config(run.config, changes), facts=run.inputs.get("data", {}))
         settle_data(run, dataset)
         model, table = load_model(run, epoch, device=device), load_pose_table(run, dataset, epoch)
-        run.save_latents(epoch, encode_all(model, dataset, pose_table=None if table is None else table.to(model.device)))
+        run.save_latents(epoch, encode_all(model, choose_encoded(dataset, run.config), pose_table=None if table is None else table.to(model.device)))
     return write_latents_csv(path.with_suffix(".csv"), run.load_latents(epoch))
 
 # %% ../nbs/41a_encoding.ipynb #037800b9
@@ -109,7 +109,7 @@ def encode_others(
     if path.exists() or Path(name).name != name or name.endswith(".npz"):
         raise RunError(f"{path} {'exists already' if path.exists() else 'is no place for latents'}; choose another --name.")
     dataset, config = load_others(run, particles, changes)
-    latents = encode_all(load_model(run, epoch, device=device), dataset)
+    latents = encode_all(load_model(run, epoch, device=device), choose_encoded(dataset, run.config))
     save_arrays(path.with_suffix(".npz"), mu=latents.mu, logvar=latents.logvar, particle=latents.particle)
     write_json(path.with_suffix(".json"), {"epoch": epoch, "n_particles": len(latents), "data": config_to_dict(config.data)})
     return write_latents_csv(path, latents)
