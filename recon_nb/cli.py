@@ -101,6 +101,7 @@ reading = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "
 option_sets: dict[str, tuple[OptionSet, ...]] = {
     "data": (OptionSet("reading particles", "runs", "DataConfig", reading),),
     "volume": (OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand")),),
+    "placed": (OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass")),),
     "settings": (
         OptionSet("images", "runs", "DataConfig", section="data"),
         OptionSet("model", "runs", "ModelConfig", section="model"),
@@ -741,7 +742,7 @@ def place_particles(
     epoch: int | None = None,  # whose weights and latents; None = the last
     seed: int = 0,  # of k-means
     device: str = "auto",  # auto, cpu, cuda, ...
-    **volume,
+    **placed,
 ) -> None:
     """Write ChimeraX scenes in which every particle's own volume, or its cluster's, stands at its place in the tomogram.
 
@@ -749,7 +750,7 @@ def place_particles(
     """
     from recon_nb.tomogram import place_run
 
-    plan = place_run(run, out, chosen=particles, kmeans=kmeans, tomograms=tomograms or (), level=level, epoch=epoch, seed=seed, device=device, **volume)
+    plan = place_run(run, out, chosen=particles, kmeans=kmeans, tomograms=tomograms or (), level=level, epoch=epoch, seed=seed, device=device, **placed)
     print(f"{len(plan)} particles, {plan.volume.nunique()} volumes, {plan.script.nunique()} scenes: {out}")
 
 # %% ../nbs/90_cli.ipynb #6a7b5289

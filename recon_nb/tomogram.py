@@ -860,9 +860,11 @@ def place_run(
     epoch: int | None = None,  # None for the latest
     seed: int = 0,  # of k-means
     device: str = "auto",  # where to decode
-    **options: object,  # of `generate_volumes`: box px, low_pass Å, invert, flip_hand
+    **options: object,  # of `generate_volumes`: box px, low_pass Å, invert
 ) -> pd.DataFrame:  # the plan
     "Decode the volumes of a run and write ChimeraX scenes that place them; raise `InputError` for particles without latents."
+    if options.get("flip_hand"):
+        raise InputError("A mirrored volume does not fit the tomogram in which its particle was found; place the volumes as they are.")
     run = open_run(run) if not isinstance(run, RunFolder) else run
     epoch, out = choose_epoch(run, epoch), require_new_folder(out)
     table = read_run_particles(run) if particles is None else check_particles(particles)

@@ -81,7 +81,7 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'demo']
+    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'demo']
 
 
 @pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])

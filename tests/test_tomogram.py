@@ -1,6 +1,7 @@
 """Particles in their tomograms: a particle is its number, whatever the order of the rows, and its volume stands at its place."""
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,15 @@ def require_place(found, particle):
     assert rotation_distance(torch.as_tensor(found[2]), torch.as_tensor(own)) < 0.01
 
 
+@pytest.fixture
+def tomogram(tmp_path):
+    """Return the file of a tomogram whose voxels count up."""
+    data = np.arange(80 * 90 * 100, dtype=np.float32).reshape(80, 90, 100)
+    with open(tmp_path / 'TS_01.mrc', 'wb') as file:
+        file.write(make_mrc_header(data.shape, 10.0, is_stack=False) + data.astype('<f4').tobytes())
+    return tmp_path / 'TS_01.mrc'
+
+
 # ---------------------------------------------------------------- ChimeraX
 
 @pytest.mark.parametrize('box,origin', [(8, (0.0, 0.0, 0.0)), (9, (-48.0, 3.0, 700.0))])
@@ -161,33 +171,65 @@ def test_the_tomogram_is_shown_in_the_same_frame(tmp_path, monkeypatch):
         place_volumes(particles, {particles.particle[0]: tmp_path / 'a.mrc'}, tmp_path / 'new', tomograms={'TS_7': tmp_path / 'TS_01.mrc'})
 
 
-def test_a_run_places_the_volume_of_each_particle(tmp_path, monkeypatch):
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Return a folder with a run of one epoch on 40 particles, and its particle file."""
+    folder = tmp_path_factory.mktemp('trained')
+    assert main(['simulate', '-o', str(folder / 'data'), '--n-particles', '40', '--box', '16', '--snr', '2']) == 0
+    options = '--zdim 2 --start none --encoder-dim 16 --decoder-dim 16 --encoder-layers 1 --decoder-layers 1 --epochs 1 --batch-size 20 --n-workers 0 --device cpu --no-analysis'
+    assert main(['train', str(folder / 'data/particles.star'), '-o', str(folder / 'run'), *options.split()]) == 0
+    return folder
+
+
+def test_a_run_places_the_volume_of_each_particle(trained, tmp_path, monkeypatch):
     from recon_nb.analysis import export_volumes
     from recon_nb.runs import open_run
 
-    assert main(['simulate', '-o', str(tmp_path / 'data'), '--n-particles', '40', '--box', '16', '--snr', '2']) == 0
-    options = '--zdim 2 --start none --encoder-dim 16 --decoder-dim 16 --encoder-layers 1 --decoder-layers 1 --epochs 1 --batch-size 20 --n-workers 0 --device cpu --no-analysis'
-    assert main(['train', str(tmp_path / 'data/particles.star'), '-o', str(tmp_path / 'run'), *options.split()]) == 0
     particles = make_particles(40).assign(particle=np.random.default_rng(1).permutation(40))
-    plan = place_run(tmp_path / 'run', tmp_path / 'placed', particles=particles, device='cpu')
+    plan = place_run(trained / 'run', tmp_path / 'placed', particles=particles, device='cpu')
     asked = [7, 31, 2, 18]
-    export_volumes(tmp_path / 'run', tmp_path / 'expected', particles=asked, device='cpu')
+    export_volumes(trained / 'run', tmp_path / 'expected', particles=asked, device='cpu')
     volume = plan.set_index('particle').volume
     for number, particle in enumerate(asked):
         np.testing.assert_allclose(read_volume(volume[particle]).data, read_volume(tmp_path / f'expected/vol_{number:03d}.mrc').data, atol=1e-5)
     matrices = plan.set_index('particle').loc[particles.particle].filter(regex=r'^m\d\d$').to_numpy().reshape(-1, 3, 4)
     np.testing.assert_allclose(matrices, compute_placements(particles))
-    shared = place_run(tmp_path / 'run', tmp_path / 'clusters', particles=particles, kmeans=3, device='cpu')
+    shared = place_run(trained / 'run', tmp_path / 'clusters', particles=particles, kmeans=3, device='cpu')
     clusters = shared.groupby('cluster')
     assert (clusters.volume.nunique() == 1).all()
     assert shared.volume.nunique() == 3 and len(shared) == 40
     assert sum(map(len, list_scene(tmp_path / 'clusters', monkeypatch).values())) == 40
-    few = place_run(open_run(tmp_path / 'run'), tmp_path / 'few', particles=particles, chosen=[3, 5], device='cpu')
+    few = place_run(open_run(trained / 'run'), tmp_path / 'few', particles=particles, chosen=[3, 5], device='cpu')
     assert sorted(few.particle) == [3, 5] and len(list((tmp_path / 'few/volumes').iterdir())) == 2
+    with pytest.raises(InputError, match='mirrored'):
+        place_run(trained / 'run', tmp_path / 'bad', particles=particles, flip_hand=True)
     with pytest.raises(InputError, match='Particle 99 has no latents'):
-        place_run(tmp_path / 'run', tmp_path / 'bad', particles=particles, chosen=[3, 99], device='cpu')
+        place_run(trained / 'run', tmp_path / 'bad', particles=particles, chosen=[3, 99], device='cpu')
     with pytest.raises(InputError, match='does not say where its particles lie'):
-        place_run(tmp_path / 'run', tmp_path / 'none', device='cpu')
+        place_run(trained / 'run', tmp_path / 'none', device='cpu')
+
+
+def test_the_verbs(trained, tomogram, tmp_path, monkeypatch, capsys):
+    from recon_nb import datasets
+
+    particles = make_particles(40).assign(particle=range(40))
+    read = datasets.load_stack
+
+    def load_placed(*words, **options):
+        stack = read(*words, **options)
+        return replace(stack, table=replace(stack.table, particles=particles.set_index('particle')))
+
+    monkeypatch.setattr('recon_nb.tomogram.read_run_particles', lambda run: particles)
+    monkeypatch.setattr(datasets, 'load_stack', load_placed)
+    assert main(['place', str(trained / 'run'), '-o', str(tmp_path / 'scenes'), '--kmeans', '2', '--tomograms', str(tomogram), '--low-pass', '60', '--level', '0.1']) == 0
+    assert capsys.readouterr().out == f'40 particles, 2 volumes, 4 scenes: {tmp_path / "scenes"}\n'
+    particles[['particle', 'class']].rename(columns={'class': 'label'}).to_csv(tmp_path / 'labels.csv', index=False)
+    words = ['context', str(trained / 'data/particles.star'), '--tomogram', str(tomogram), '-o', str(tmp_path / 'context'), '--labels', str(tmp_path / 'labels.csv')]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f'page: {tmp_path / "context/context.html"}\n'
+    assert pd.read_csv(tmp_path / 'context/composition.csv', index_col=0).to_numpy().sum() == 40
+    assert main([*words[:4], '-o', str(tmp_path / 'other'), '--color', 'klass']) == 2
+    assert 'There is no column "klass"' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tables, neighbours, pictures
@@ -241,15 +283,6 @@ def test_names_of_tomograms():
         choose_tomogram(particles, path='TS_011.mrc')
     warp = particles.assign(tomogram=particles.tomogram.map({n: f'{i}.tomostar' for i, n in enumerate(tomogram_names)}))
     assert set(choose_tomogram(warp, path='2.mrc').tomogram) == {'2.tomostar'}
-
-
-@pytest.fixture
-def tomogram(tmp_path):
-    """Return the file of a tomogram whose voxels count up."""
-    data = np.arange(80 * 90 * 100, dtype=np.float32).reshape(80, 90, 100)
-    with open(tmp_path / 'TS_01.mrc', 'wb') as file:
-        file.write(make_mrc_header(data.shape, 10.0, is_stack=False) + data.astype('<f4').tobytes())
-    return tmp_path / 'TS_01.mrc'
 
 
 @pytest.mark.parametrize('axis,array_axis', [('z', 0), ('y', 1), ('x', 2)])
