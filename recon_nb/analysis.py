@@ -68,7 +68,7 @@ from recon_nb.report import (
     render_warnings,
     save_section,
 )
-from .runs import RunFolder, config_to_dict, open_run, read_log, remove_folder
+from .runs import RunFolder, choose_reading, config_to_dict, open_run, read_log, remove_folder
 from .training import load_model
 
 # %% ../nbs/50b_analysis.ipynb #0dbc8994
@@ -368,9 +368,8 @@ def inspect_run(
     data = run.config.data
     if not data.particles:
         return {"warnings": ["The images were made in memory and cannot be inspected again."]}
-    names = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf", "passthrough")
     try:
-        return inspect_stack(load_stack(data.particles, **{name: getattr(data, name) for name in names}))
+        return inspect_stack(load_stack(data.particles, **choose_reading(data)))
     except (ReconError, OSError) as error:
         return {"warnings": [f"The images could not be inspected again: {error}"]}
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Batch, ConfigError, InputError, get_world_size, make_generator, write_atomic
-from .datasets import CoefficientSource, ParticleDataset, ParticleStack, StackSource, find_free_memory, map_ahead, pack_coefficients, storage_types, unpack_coefficients
+from .datasets import CoefficientSource, ParticleDataset, ParticleStack, StackSource, find_free_memory, map_ahead, pack_coefficients, read_tilts, storage_types, unpack_coefficients
 from .files import LazyStack
 from .fourier import Lattice
 
@@ -80,12 +80,12 @@ def list_all_rows(
     stack: ParticleStack,  # perhaps a selection
 ) -> ParticleStack:  # every image of the particle file, without poses
     "Return the stack that a selection was made of, as far as coefficients are concerned."
-    n, ctf = len(stack.images), stack.ctf if stack.premultiplied else None
+    n, ctf, tilt = len(stack.images), stack.ctf if stack.premultiplied or stack.dose_weighted else None, stack.tilt if stack.dose_weighted else None
     if ctf is not None and stack.table is not None:
-        ctf = stack.table.get_ctf()
+        ctf, tilt = stack.table.get_ctf(), tilt if tilt is None else read_tilts(stack.table)
     elif ctf is not None and not torch.equal(stack.source_row, torch.arange(n)):
         raise InputError("A cache of CTF-premultiplied images needs the CTF of all of them; make it before selecting particles, or load them from a particle file.")
-    return replace(stack, poses=None, tilt=None, ctf=ctf, particle=torch.arange(n), source_row=torch.arange(n))
+    return replace(stack, poses=None, tilt=tilt, ctf=ctf, particle=torch.arange(n), source_row=torch.arange(n))
 
 # %% ../nbs/21b_caches.ipynb #0baa81ed
 def describe_cache_inputs(
@@ -98,8 +98,12 @@ def describe_cache_inputs(
     stats = [(str(header.path.resolve()), header.path.stat()) for header in images.headers]
     settings = {"box": stack.box, "window": list(source.window_shape), "sign": stack.sign, "premultiplied": stack.premultiplied,
                 "subtract_background": bool(source.subtract_background)}
-    ctf = list_all_rows(stack).ctf
+    every = list_all_rows(stack)
+    ctf, tilt = every.ctf, every.tilt
     parameters = [] if ctf is None else [getattr(ctf, f.name).numpy() for f in fields(ctf)] + [np.array(stack.pixel_size)]
+    if tilt is not None:
+        settings["dose_weighted"] = True
+        parameters += [tilt.dose.numpy(), tilt.tilt_angle.numpy()]
     return {"settings": settings, "rows": hash_arrays(images.file_index, images.slices), "ctf": hash_arrays(*parameters),
             "stacks": hashlib.sha256(json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]).encode()).hexdigest()}
 

@@ -95,7 +95,8 @@ class OptionSet:
     section: str = ""  # put before the names that the verb receives
 
 # %% ../nbs/90_cli.ipynb #90695e59
-reading = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "poses", "ctf", "passthrough")
+reading = ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "dose_weighted", "select", "poses", "ctf", "passthrough",
+           "coordinates", "tomograms", "dose_scheme")
 
 # %% ../nbs/90_cli.ipynb #7f56c3b5
 option_sets: dict[str, tuple[OptionSet, ...]] = {
@@ -255,7 +256,7 @@ def list_facts(
 
     found = inspect_stack(stack)
     low, high = found.pop("defocus_range", (None, None))
-    absent = dict.fromkeys(("voltage", "cs", "amplitude_contrast", "largest_shift", "tilts_per_particle", "dose_range", "tilt_range"))
+    absent = dict.fromkeys(("voltage", "cs", "amplitude_contrast", "largest_shift", "n_tomograms", "tilts_per_particle", "dose_range", "dose_convention", "dose_weighted", "tilt_range", "origins"))
     facts = {**absent, **found, "defocus_min": low, "defocus_max": high}
     facts = {**facts, "warnings": facts.pop("warnings")}  # last, where they are seen
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()}
@@ -275,8 +276,10 @@ def inspect_particles(
         print(format_json(facts))
         return
     for name, value in facts.items():
-        if name != "warnings" and value is not None:
+        if name not in ("warnings", "origins") and value is not None:
             print(f"{name:24} {' to '.join(map(str, value)) if isinstance(value, list) else value}")
+    for name, origin in (facts["origins"] or {}).items():
+        print(f"{name + ' from':24} {origin}")
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
 
@@ -475,7 +478,7 @@ def mask_map(
     print(f"{100 * float(found.data.mean()):.1f} % of the box: {out}")
 
 # %% ../nbs/90_cli.ipynb #3848211d
-path_settings = ("data.datadir", "data.poses", "data.ctf", "data.passthrough", "data.select")
+path_settings = ("data.datadir", "data.poses", "data.ctf", "data.passthrough", "data.coordinates", "data.tomograms", "data.select")
 
 # %% ../nbs/90_cli.ipynb #b74eebdc
 def settle_settings(
@@ -486,6 +489,8 @@ def settle_settings(
 ) -> dict[str, Any]:  # dotted name to value
     "Return settings with absolute paths, the particle file and the meaning of --homogeneous."
     settled = {name: str(Path(value).absolute()) if name in path_settings else value for name, value in settings.items()}
+    if str(settled.get("data.dose_scheme")).endswith(".csv"):
+        settled["data.dose_scheme"] = str(Path(settled["data.dose_scheme"]).absolute())
     if particles:
         settled["data.particles"] = str(Path(particles).absolute())
     if homogeneous and settled.setdefault("model.zdim", 0) != 0:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['storage_types', 'ParticleStack', 'MissingImages', 'open_if_there', 'load_stack', 'settle_convention', 'read_tilts',
-           'measure_background', 'has_offset', 'undo_premultiplication', 'pack_coefficients', 'unpack_coefficients',
-           'CoefficientSource', 'StackSource', 'measure_scale', 'MemorySource', 'find_free_memory', 'ParticleDataset',
-           'plan_epoch', 'count_rows', 'count_batches', 'order_epoch', 'map_ahead', 'iterate_batches',
-           'measure_contrast', 'find_warnings', 'find_ctf_warnings', 'inspect_pixels', 'inspect_stack', 'plot_defocus']
+           'measure_background', 'has_offset', 'undo_premultiplication', 'find_applied_factor', 'pack_coefficients',
+           'unpack_coefficients', 'CoefficientSource', 'StackSource', 'measure_scale', 'MemorySource',
+           'find_free_memory', 'ParticleDataset', 'plan_epoch', 'count_rows', 'count_batches', 'order_epoch',
+           'map_ahead', 'iterate_batches', 'measure_contrast', 'find_warnings', 'find_ctf_warnings', 'inspect_pixels',
+           'inspect_series', 'inspect_stack', 'plot_defocus']
 
 # %% ../nbs/21_datasets.ipynb #c80e1ea0
 import logging
@@ -29,8 +30,10 @@ from tqdm.auto import tqdm
 
 from .core import Batch, ConfigError, CTFParams, InputError, MissingStackError, Poses, Selection, TiltInfo, make_generator, okabe_ito
 from .ctf import compute_ctf
-from .files import LazyStack, ParticleTable, open_stack, read_particles
+from .dose import compute_damage
+from .files import LazyStack, ParticleTable, open_stack
 from .fourier import Lattice, fourier_crop, make_soft_mask
+from .tiltseries import read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +53,7 @@ class ParticleStack:
     box: int  # px, of the images that `read_images` returns
     table: ParticleTable | None = None  # the source, all of its rows
     premultiplied: bool = False  # images were multiplied by their CTF
+    dose_weighted: bool = False  # images were multiplied by the attenuation of their dose and by cos(tilt)
     sign: int = 1  # -1 where images must be negated so that particles are bright
 
     @property
@@ -135,21 +139,20 @@ def open_if_there(
 
 # %% ../nbs/21_datasets.ipynb #fb9ebddf
 def load_stack(
-    path: str | Path,  # star, cs, or .mrcs/.txt with poses and ctf beside it
+    path: str | Path,  # star, cs, optimisation set, or .mrcs/.txt with poses and ctf beside it
     *,
     datadir: str | Path | None = None,  # folder of the image stacks where the paths in the file do not resolve
     pixel_size: float | None = None,  # Å, of the stored images; replaces the file's
     box: int | None = None,  # px, Fourier-crop while reading; None = as stored
     invert_contrast: bool | None = None,  # particles are dark; None = as the file says, else bright
     premultiplied: bool | None = None,  # images were multiplied by their CTF; None = as the file says
+    dose_weighted: bool | None = None,  # images were filtered by dose and tilt; None = as the file says
     select: Selection | str | Path | None = None,  # particles to keep, or the .json of a selection
-    poses: str | Path | None = None,  # poses beside an .mrcs or .txt
-    ctf: str | Path | None = None,  # CTF parameters beside an .mrcs or .txt
-    passthrough: str | Path | None = None,  # companion of a .cs file, joined by uid
     require_images: bool = True,  # False: a stack that is not found is an error only when its images are read
+    **beside: str | Path | None,  # poses, ctf, passthrough, coordinates, tomograms and dose_scheme, see `tiltseries.read_table`
 ) -> ParticleStack:
     "Read a particle file; images stay on disk. Raise `InputError` naming file, row or column."
-    table = read_particles(path, datadir=datadir, pixel_size=pixel_size, poses=poses, ctf=ctf, passthrough=passthrough)
+    table = read_table(path, datadir=datadir, pixel_size=pixel_size, **beside)
     images = open_stack(table, datadir) if require_images else open_if_there(table, datadir)
     native = images.box
     if box is not None and not 8 <= box <= native:
@@ -165,6 +168,7 @@ def load_stack(
         box=box or native,
         table=table,
         premultiplied=settle_convention(premultiplied, table.premultiplied or None, False, "CTF-premultiplied"),
+        dose_weighted=bool(dose_weighted) if table.particles is None else settle_convention(dose_weighted, table.dose_weighted or None, False, "dose-weighted"),
         sign=-1 if settle_convention(invert_contrast, None if table.contrast_sign is None else table.contrast_sign < 0, False, "dark particles") else 1,
     )
     for warning in (*table.warnings, *images.warnings):
@@ -222,13 +226,27 @@ def has_offset(
 
 # %% ../nbs/21_datasets.ipynb #50c119ae
 def undo_premultiplication(
-    images: Tensor,  # (n, D, D) multiplied by the CTF
-    ctf: Tensor,  # (n, M)
+    images: Tensor,  # (n, D, D) multiplied by the CTF, or by the damage of their dose
+    factor: Tensor,  # (n, M) by which they were multiplied
     lattice: Lattice,  # of the images
     epsilon: float = 1e-3,  # below |c| = sqrt(epsilon) coefficients fade
 ) -> Tensor:  # (n, D, D)
-    "Divide images by their CTF where it is not small; frequencies beyond |k| < D/2 are dropped."
-    return lattice.scatter(lattice.gather(images) * (ctf / (ctf.square() + epsilon)))
+    "Divide images by their factor where it is not small; frequencies beyond |k| < D/2 are dropped."
+    return lattice.scatter(lattice.gather(images) * (factor / (factor.square() + epsilon)))
+
+# %% ../nbs/21_datasets.ipynb #bcb25a21
+def find_applied_factor(
+    stack: ParticleStack,  # N images
+    index: Tensor,  # (n,) int64, images 0 to N-1
+    lattice: Lattice,  # of the images
+) -> Tensor | None:  # (n, M); None where they were multiplied by nothing
+    "Return what images were multiplied by before they were stored: CTF, dose attenuation and cos(tilt), as the stack says."
+    freqs, ctf = lattice.coords / lattice.pixel_size, None if stack.ctf is None else stack.ctf[index]
+    factor = compute_ctf(ctf, freqs) if stack.premultiplied else None
+    if not stack.dose_weighted:
+        return factor
+    damage = compute_damage(freqs.norm(dim=-1), stack.tilt.dose[index], stack.tilt.tilt_angle[index], ctf.voltage).float()
+    return damage if factor is None else factor * damage
 
 # %% ../nbs/21_datasets.ipynb #61e06394
 storage_types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # name to type of a coefficient's two parts
@@ -307,6 +325,8 @@ class StackSource(CoefficientSource):
         super().__init__()
         if stack.premultiplied and stack.ctf is None:
             raise InputError("The images are said to be CTF-premultiplied, but there is no CTF; give --ctf or a file that has it.")
+        if stack.dose_weighted and (stack.ctf is None or stack.tilt is None):
+            raise InputError("The images are said to be dose-weighted, but there are no doses, or no voltage; give a tilt series that has them.")
         self.stack, self.window_shape = stack, (window_radius, window_edge)
         self.lattice = Lattice(stack.box, stack.pixel_size)
         half = stack.box / 2
@@ -328,10 +348,8 @@ class StackSource(CoefficientSource):
     def _read(self, index: Tensor) -> Tensor:
         images = self.stack.read_images(index)
         self.count_bytes(len(index) * self.image_bytes)
-        if self.stack.premultiplied:
-            ctf = compute_ctf(self.stack.ctf[index], self.lattice.coords / self.lattice.pixel_size)
-            images = undo_premultiplication(images, ctf, self.lattice)
-        return images
+        factor = find_applied_factor(self.stack, index, self.lattice)
+        return images if factor is None else undo_premultiplication(images, factor, self.lattice)
 
     def _center(self, images: Tensor) -> Tensor:
         return images - measure_background(images, self.window)[0][:, None, None] if self.subtract_background else images
@@ -644,6 +662,19 @@ def inspect_pixels(
     return dict(zip(names, (round(contrast, 1), float(mean.mean()), float(sd.mean())))), blank + find_warnings(stack, contrast)
 
 # %% ../nbs/21_datasets.ipynb #a2c3a01f
+def inspect_series(
+    stack: ParticleStack,  # N images with tilts
+) -> dict[str, Any]:  # plain values
+    "Describe the tilt series of a stack, and what was taken from where in its file."
+    counts, rows = torch.unique(stack.particle, return_counts=True)[1], getattr(stack.table, "rows", ())
+    limits = lambda values: [round(float(values.min()), 4), round(float(values.max()), 4)]
+    facts = {"tilts_per_particle": [int(counts.min()), int(counts.max())], "dose_range": limits(stack.tilt.dose), "tilt_range": limits(stack.tilt.tilt_angle)}
+    facts |= {"dose_weighted": stack.dose_weighted, "dose_convention": getattr(stack.table, "dose_convention", None)}
+    if "tomogram" in rows:
+        facts["n_tomograms"] = int(rows["tomogram"].iloc[stack.source_row.numpy()].nunique())
+    return facts | {"origins": dict(getattr(stack.table, "origins", {}))}
+
+# %% ../nbs/21_datasets.ipynb #9a7d93e0
 def inspect_stack(
     stack: ParticleStack,  # N images
 ) -> dict[str, Any]:  # plain values, ready for JSON
@@ -661,10 +692,7 @@ def inspect_stack(
         info |= {"defocus_range": limits(torch.stack([stack.ctf.defocus_u, stack.ctf.defocus_v]))}
     if stack.poses is not None:
         info |= {"largest_shift": round(float(stack.poses.shift.norm(dim=-1).max()), 3)}
-    if stack.tilt is not None:
-        counts = torch.unique(stack.particle, return_counts=True)[1]
-        info |= {"tilts_per_particle": [int(counts.min()), int(counts.max())], "dose_range": limits(stack.tilt.dose), "tilt_range": limits(stack.tilt.tilt_angle)}
-    return info | {"warnings": warnings}
+    return info | ({} if stack.tilt is None else inspect_series(stack)) | {"warnings": warnings}
 
 # %% ../nbs/21_datasets.ipynb #890230c7
 def plot_defocus(

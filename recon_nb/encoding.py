@@ -66,7 +66,7 @@ def choose_weights(
     return run.epochs[-1] if epoch is None else epoch
 
 # %% ../nbs/41a_encoding.ipynb #41fb4f3c
-file_settings = ("particles", "datadir", "poses", "ctf", "passthrough", "pixel_size", "box", "invert_contrast", "premultiplied", "dose_weighted", "select")  # of DataConfig, that belong to a file
+file_settings = ("particles", "datadir", "poses", "ctf", "passthrough", "coordinates", "tomograms", "dose_scheme", "pixel_size", "box", "invert_contrast", "premultiplied", "dose_weighted", "select")  # of DataConfig, that belong to a file
 
 # %% ../nbs/41a_encoding.ipynb #41717203
 def load_others(

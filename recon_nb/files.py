@@ -516,6 +516,7 @@ class ParticleTable:
     particles: "pandas.DataFrame | None" = None  # of tilt series: one row per particle
     dose_weighted: bool = False  # images were multiplied by the attenuation of their dose and by cos(tilt)
     dose_convention: str | None = None  # whether `dose` counts up to the beginning ("before") or the end ("after") of an image
+    origins: dict[str, str] = field(default_factory=dict)  # of tilt series: what was taken, and from which columns or file
 
     @property
     def n_images(self) -> int:

@@ -6,11 +6,12 @@
 __all__ = ['SERIES_NUMBERS', 'SERIES_TEXTS', 'SET_TEXTS', 'SET_NUMBERS', 'SET_COLUMNS', 'rank_in_time', 'require_distinct_doses',
            'find_dose_convention', 'find_tilt_axes', 'sign_tilts', 'DoseScheme', 'parse_dose_scheme', 'match_tilts',
            'settle_doses', 'name_particles', 'is_series', 'name_tomograms', 'read_tilt_angles', 'find_binning_hint',
-           'arrange_series', 'make_tilt_rotations', 'find_tilt_angles', 'TiltSeries', 'read_tilt_rotations',
-           'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series', 'read_visible_frames', 'read_angles',
-           'read_positions', 'expand_tomogram', 'find_full_stacks', 'SetFiles', 'name_set_files', 'SeriesSet',
-           'find_set_files', 'read_set_columns', 'compose_images', 'read_set', 'finish_set', 'read_coordinates',
-           'join_coordinates', 'list_labels', 'read_table']
+           'describe_origins', 'arrange_series', 'make_tilt_rotations', 'find_tilt_angles', 'TiltSeries',
+           'read_tilt_rotations', 'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series',
+           'read_visible_frames', 'read_angles', 'read_positions', 'expand_tomogram', 'find_full_stacks', 'SetFiles',
+           'name_set_files', 'SeriesSet', 'find_set_files', 'read_set_columns', 'compose_images',
+           'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates', 'join_coordinates', 'list_labels',
+           'read_table']
 
 # %% ../nbs/20b_tiltseries.ipynb #8115202c
 import logging
@@ -268,6 +269,25 @@ def find_binning_hint(
     return [f"pixel size {table.pixel_size:g} Å is used; the stack's name says '{found[0]}': should it be {float(found[1]) * table.pixel_size:g} Å, give --pixel-size"]
 
 # %% ../nbs/20b_tiltseries.ipynb #00537ee3
+def describe_origins(
+    texts: dict[str, list[str]],  # label to one text per image
+    *,
+    scheme: DoseScheme,  # what the user says of the doses
+    has_tomograms: bool,  # whether the images' tomograms are known
+) -> dict[str, str]:  # what to columns
+    "Say from which columns particles, tomograms, doses and tilts of an image series were taken."
+    name = next(label for label in ("rlnGroupName", "rlnTomoParticleName", "rlnGroupNumber") if label in texts)
+    origins = {"particle": name}
+    if has_tomograms:
+        origins["tomogram"] = "rlnTomoName" if "rlnTomoName" in texts else f"{name} without its number"
+    dose = "rlnMicrographPreExposure" if "rlnMicrographPreExposure" in texts else "rlnCtfBfactor / -4"
+    angle = "rlnTomoNominalStageTiltAngle"
+    return origins | {
+        "dose": scheme.origin if scheme.tilts is not None else f"{dose} (said to count {scheme.convention} the image)" if scheme.convention else dose,
+        "tilt_angle": angle if angle in texts else "rlnCtfScalefactor, its sign from the poses",
+    }
+
+# %% ../nbs/20b_tiltseries.ipynb #deecbd23
 def arrange_series(
     table: ParticleTable,  # of a star file with a row per image, read as single particles
     scheme: DoseScheme = DoseScheme(),  # what the user says of the doses
@@ -297,7 +317,8 @@ def arrange_series(
     first = np.unique(particle, return_index=True)[1]
     particles = pandas.DataFrame({"particle_name": unique} | ({} if tomograms is None else {"tomogram": rows["tomogram"].to_numpy()[first]}))
     kept = [w for w in table.warnings if w != SERIES_WARNING]
-    return replace(table, rows=rows, particles=particles, dose_convention=convention, warnings=(*kept, *doubts, *find_binning_hint(table)))
+    return replace(table, rows=rows, particles=particles, dose_convention=convention, warnings=(*kept, *doubts, *find_binning_hint(table)),
+                   origins=describe_origins(texts, scheme=scheme, has_tomograms=tomograms is not None))
 
 # %% ../nbs/20b_tiltseries.ipynb #09aa6f83
 def make_tilt_rotations(
@@ -729,6 +750,22 @@ def compose_images(
     return images, particles
 
 # %% ../nbs/20b_tiltseries.ipynb #1d36beb7
+def describe_set_origins(
+    files: SetFiles,
+    numbers: dict[str, np.ndarray],  # label to (P,) values
+    scheme: DoseScheme,  # what the user says of the doses
+) -> dict[str, str]:  # what to files and columns
+    "Say from which files and columns particles, tilts, doses, angles and places of a set were taken."
+    levels = {"rlnTomoSubtomogramRot": "rlnTomoSubtomogramRot/Tilt/Psi", "rlnAngleRot": "rlnAngleRot/Tilt/Psi"}
+    centred = "rlnCenteredCoordinateXAngst" in numbers
+    return {
+        "particle": str(files.particles), "tilt": str(files.tomograms),
+        "dose": scheme.origin if scheme.tilts is not None else f"rlnMicrographPreExposure{f' (said to count {scheme.convention} the image)' if scheme.convention else ''}",
+        "pose": " and ".join(text for label, text in levels.items() if label in numbers) or "none",
+        "coordinates": "rlnCenteredCoordinateX/Y/ZAngst" if centred else "rlnCoordinateX/Y/Z",
+    }
+
+# %% ../nbs/20b_tiltseries.ipynb #4060870b
 def read_set(
     path: Path,  # optimisation set, or its particle file
     *,
@@ -761,7 +798,7 @@ def read_set(
     rows = images.drop(columns="row").assign(**known)
     require_distinct_doses(rows["dose"].to_numpy(), row, lambda image: f"{locate(int(row[image]))}, tilt {frame[image]}")
     return finish_set(rows, numbers, SeriesSet(source, files, row, frame, visible, full), path=path, particles=particles,
-                      pixel_size=pixel_size or found, convention=convention, warnings=warnings)
+                      pixel_size=pixel_size or found, convention=convention, warnings=warnings, origins=describe_set_origins(files, numbers, scheme))
 
 # %% ../nbs/20b_tiltseries.ipynb #37192648
 def finish_set(
@@ -774,6 +811,7 @@ def finish_set(
     pixel_size: float,  # Å, of the images
     convention: str | None,  # of the doses
     warnings: Sequence[str],  # so far
+    origins: dict[str, str],  # of `describe_set_origins`
 ) -> ParticleTable:
     "Put a table together from the parts of a set."
     locate, names = source.source.table.locate, particles["particle_name"]
@@ -789,7 +827,7 @@ def finish_set(
     premultiplied = premultiplied is not None and bool(require_uniform(premultiplied, "rlnCtfDataAreCtfPremultiplied", locate))
     optics = source.source.blocks[source.source.optics] if source.source.optics is not None else None
     return ParticleTable(
-        rows=rows, pixel_size=float(pixel_size), box=None if box is None else int(require_uniform(box, "rlnImageSize", locate, unit=" px")),
+        origins=origins, rows=rows, pixel_size=float(pixel_size), box=None if box is None else int(require_uniform(box, "rlnImageSize", locate, unit=" px")),
         premultiplied=premultiplied, dose_weighted=premultiplied, dose_convention=convention, particles=particles, source=source, path=path,
         warnings=(*warnings, *list_unmodelled_optics(optics)), missing={k: v for k, v in reasons.items() if v},
     )
@@ -840,7 +878,7 @@ def join_coordinates(
     joined = places.loc[names].reset_index(drop=True)
     particles = table.particles.drop(columns=[c for c in joined if c in table.particles])
     rows = table.rows if "tomogram" not in joined else table.rows.assign(tomogram=joined["tomogram"].to_numpy()[table.rows["particle"]])
-    return replace(table, rows=rows, particles=particles.join(joined))
+    return replace(table, rows=rows, particles=particles.join(joined), origins=table.origins | {"coordinates": str(path)})
 
 # %% ../nbs/20b_tiltseries.ipynb #c651e95e
 def list_labels(

@@ -43,7 +43,7 @@ from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows,
 from .fourier import Lattice
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
-from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, resume_run, split_tree, update_config, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, resume_run, split_tree, update_config, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 from .starts import needs_start, start_model
 from .tiltsampling import count_shown, limit_tilts
@@ -782,8 +782,7 @@ def load_dataset(
     if stack is None:
         if not data.particles:
             raise ConfigError("data.particles is empty: name a star, cs, mrcs or txt file, or give a stack.")
-        stack = require_poses(load_stack(data.particles, datadir=data.datadir, pixel_size=data.pixel_size, box=data.box, invert_contrast=data.invert_contrast,
-                                         premultiplied=data.premultiplied, select=data.select, poses=data.poses, ctf=data.ctf, passthrough=data.passthrough))
+        stack = require_poses(load_stack(data.particles, **choose_reading(data)))
         log_suspicions(stack)
     if stack.box != facts.get("box", stack.box):
         raise InputError(f"The images have a box of {stack.box} px, the run was trained at {facts['box']} px; give --box {facts['box']}.")
