@@ -18,7 +18,6 @@ import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +29,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
 from .analysis import bind_decoder, choose_epoch, find_latent_rows, require_new_folder
 from .core import ConfigError, InputError, okabe_ito, suggest_names, write_atomic
-from .files import ParticleTable, read_mrc_header, read_particles, write_volume
+from .datasets import load_stack
+from .files import ParticleTable, read_mrc_header, write_volume
 from .latent import choose_colors, cluster_kmeans, to_points
-from .runs import RunFolder, open_run
+from .runs import RunFolder, choose_reading, open_run
 from .so3 import euler_to_matrix, plot_view_directions
 
 if TYPE_CHECKING:
@@ -530,7 +531,7 @@ def plot_neighbor_distances(
     "Draw how far the nearest neighbour is."
     ax = plt.subplots(figsize=(4.5, 3), layout="constrained")[1] if ax is None else ax
     nearest = neighbors.distance[neighbors["rank"] == 0]
-    ax.hist(nearest, bins=int(np.clip(2 * np.sqrt(max(len(nearest), 1)), 8, 60)), color=okabe_ito[0])
+    ax.hist(nearest, bins=int(np.clip(3 * np.sqrt(max(len(nearest), 1)), 12, 80)), range=(0, max(nearest.max(), 1e-3)) if len(nearest) else None, color=okabe_ito[0])
     ax.set(xlabel="distance to the nearest neighbour (Å)", ylabel="particles", xlim=(0, None))
     return ax
 
@@ -544,6 +545,8 @@ def plot_neighbor_directions(
     direction = torch.as_tensor(neighbors[["direction_x", "direction_y", "direction_z"]].dropna().to_numpy(np.float64, copy=True))
     ax = plot_view_directions(direction[:, None, :].expand(-1, 3, 3), ax=ax)
     ax.set(xlabel="azimuth about the particle's z axis, from its x axis (degrees)", ylabel="above its xy plane (degrees)")
+    for label in ax.get_xticklabels():  # they stand on the cells
+        label.set_path_effects([withStroke(linewidth=2, foreground="black")])
     return ax
 
 # %% ../nbs/60_tomogram.ipynb #b8511b8d
@@ -573,7 +576,8 @@ def plot_composition(
     for place, number in enumerate(total if len(total) <= 40 else []):
         ax.text(place, 1.01, str(number), ha="center", va="bottom", fontsize=8)
     ax.set(ylabel="share of particles", ylim=(0, 1.1), xlabel="tomogram")
-    ax.set_xticks(np.arange(len(counts)), counts.index, rotation=90 if len(counts) > 4 else 0, fontsize=8)
+    tomograms = [name.removesuffix(".tomostar") for name in counts.index.astype(str)]
+    ax.set_xticks(np.arange(len(counts)), tomograms, rotation=90 if len(counts) > 4 or max(map(len, tomograms), default=0) > 8 else 0, fontsize=8)
     ax.legend(title="class", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, ncols=1 + counts.shape[1] // 12)
     return ax
 
@@ -720,7 +724,7 @@ def plan_scenes(
     table = table[table[by].isin(list(volumes))].sort_values(["tomogram", "particle"], kind="stable", ignore_index=True)
     shared = copies and by != "particle"
     key = table[by] if shared else table.particle
-    names = {name: re.sub(r"[^\w.-]+", "_", name) for name in table.tomogram.unique()}
+    names = {name: re.sub(r"[^\w.-]+", "_", name.removesuffix(".tomostar")) for name in table.tomogram.unique()}
     if len(set(names.values())) < len(names):
         names = {name: f"{safe}_{number}" for number, (name, safe) in enumerate(names.items())}
     plan = pd.DataFrame({"particle": table.particle, "tomogram": table.tomogram, "script": table.tomogram.map(names) + ".cxc"})
@@ -812,8 +816,7 @@ def read_run_particles(
 ) -> pd.DataFrame:  # (P rows) of all particles of the file
     "Return the table of particles in their tomograms that a run's particle file gives."
     data = run.config.data
-    options = {name: getattr(data, name) for name in signature(read_particles).parameters if hasattr(data, name)}
-    return require_placed(read_particles(data.particles, **options))
+    return require_placed(load_stack(data.particles, require_images=False, **choose_reading(data)).table)
 
 # %% ../nbs/60_tomogram.ipynb #787fdfc4
 def require_placed(

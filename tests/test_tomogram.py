@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from recon_nb.cli import main
-from recon_nb.core import InputError, Volume
-from recon_nb.files import make_mrc_header, read_mrc_header, read_volume, write_volume
+from recon_nb.core import InputError, Selection, Volume
+from recon_nb.datasets import load_stack
+from recon_nb.files import make_mrc_header, make_star_block, read_mrc_header, read_volume, write_star_blocks, write_volume
 from recon_nb.so3 import matrix_to_euler, rotation_distance, sample_rotations
+from recon_nb.tiltsimulation import Placement, TiltScheme, build_warp_source, list_dose_symmetric, simulate_tilts, write_tilts
 from recon_nb.tomogram import (
     check_particles, choose_tomogram, color_particles, compute_orientations, compute_placements, find_in_polygon, find_neighbors, join_labels,
     open_tomogram, particle_columns, place_run, place_volumes, show_context, view_slice, write_context,
@@ -209,27 +211,121 @@ def test_a_run_places_the_volume_of_each_particle(trained, tmp_path, monkeypatch
         place_run(trained / 'run', tmp_path / 'none', device='cpu')
 
 
-def test_the_verbs(trained, tomogram, tmp_path, monkeypatch, capsys):
-    from recon_nb import datasets
+# ---------------------------------------------------------------- from the star file to the scene
 
-    particles = make_particles(40).assign(particle=range(40))
-    read = datasets.load_stack
+def make_cell(folder, names, n_each, seed=0):
+    """Write tilt series of particles of nine kinds in four tomograms, rows mixed; return star, subvolumes' star, truth and what maps are made of."""
+    rng, n, pixel_size = np.random.default_rng(seed), len(names) * n_each, 12.0
+    x, y, z = np.meshgrid(*[np.arange(-8, 8) * pixel_size] * 3, indexing='ij')
+    blob = lambda *place: torch.as_tensor(np.exp(-((x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2) / (2 * 16**2)).T.copy()).float()
+    basis = torch.stack([blob(0, 0, 0), blob(45, 0, 10), blob(0, 45, -15)])  # body and two parts
+    kinds = np.array([(a, b) for a in (1.0, 2.0, 3.0) for b in (1.0, 2.0, 3.0)])  # how much of each part
+    states = [Volume(torch.einsum('k,kzyx->zyx', torch.as_tensor([1.0, a, b]).float(), basis), pixel_size) for a, b in kinds]
+    label = rng.permutation(n) % 9
+    tomogram = np.array(names, object)[np.arange(n) % len(names)]
+    truth = pd.DataFrame({'tomogram': tomogram, 'particle_name': [f'p_{i:03d}' for i in rng.permutation(n)], 'a': kinds[label, 0], 'b': kinds[label, 1]})
+    rot, offset = sample_rotations(n, torch.Generator().manual_seed(seed)), rng.uniform(-18, 18, (n, 3))
+    series = simulate_tilts(states, labels=label, placement=Placement(rot.float(), torch.as_tensor(offset).float()), scheme=TiltScheme(list_dose_symmetric(60, 20), 3.0),
+                            snr=100.0, structural_snr=float('inf'), missing=0.2, seed=seed)
+    particle, table = series.stack.particle.numpy(), series.stack.table
+    rows = table.rows.assign(particle_name=truth.particle_name.to_numpy()[particle], micrograph=tomogram[particle])
+    table = replace(table, rows=rows, source=build_warp_source(replace(table, rows=rows))).select(rng.permutation(table.n_images))
+    star = write_tilts(folder / 'data', replace(series, stack=replace(series.stack, table=table)))
+    picked = rng.uniform(100, 800, (n, 3))  # where boxes were cut out; the particle is off centre by minus its offset
+    angles = np.stack(matrix_to_euler(rot.double()), 1)
+    truth[list(particle_columns)] = np.concatenate([picked - offset, angles], 1)
+    columns = {'rlnMicrographName': tomogram, 'rlnDetectorPixelSize': np.full(n, 4.0), 'rlnMagnification': np.full(n, 1e4), 'rlnGroupName': truth.particle_name,
+               **{f'rlnCoordinate{axis}': picked[:, i] / 4 for i, axis in enumerate('XYZ')}, **{f'rlnOrigin{axis}Angst': offset[:, i] for i, axis in enumerate('XYZ')},
+               **{f'rlnAngle{name}': angles[:, i] for i, name in enumerate(('Rot', 'Tilt', 'Psi'))}}
+    order = rng.permutation(n)
+    write_star_blocks(folder / 'data/subvolumes.star', [make_star_block('', {name: [list(values)[i] for i in order] for name, values in columns.items()})])
+    return star, folder / 'data/subvolumes.star', truth, basis
 
-    def load_placed(*words, **options):
-        stack = read(*words, **options)
-        return replace(stack, table=replace(stack.table, particles=particles.set_index('particle')))
 
-    monkeypatch.setattr('recon_nb.tomogram.read_run_particles', lambda run: particles)
-    monkeypatch.setattr(datasets, 'load_stack', load_placed)
-    assert main(['place', str(trained / 'run'), '-o', str(tmp_path / 'scenes'), '--kmeans', '2', '--tomograms', str(tomogram), '--low-pass', '60', '--level', '0.1']) == 0
-    assert capsys.readouterr().out == f'40 particles, 2 volumes, 4 scenes: {tmp_path / "scenes"}\n'
-    particles[['particle', 'class']].rename(columns={'class': 'label'}).to_csv(tmp_path / 'labels.csv', index=False)
-    words = ['context', str(trained / 'data/particles.star'), '--tomogram', str(tomogram), '-o', str(tmp_path / 'context'), '--labels', str(tmp_path / 'labels.csv')]
+@pytest.fixture(scope='module')
+def cell(tmp_path_factory):
+    """Return the particle files of four tomograms, their truth, and a run on them."""
+    folder = tmp_path_factory.mktemp('cell')
+    star, subvolumes, truth, basis = make_cell(folder, tomogram_names, 12)
+    words = ['subspace', str(star), '--coordinates', str(subvolumes), '-o', str(folder / 'run'), '--linear', '--rank', '2', '--dose', 'model', '--contrast-sd', '0', '--full-passes', '6', '--no-test', '--no-analysis', '--device', 'cpu']
+    assert main(words) == 0
+    return SimpleNamespace(folder=folder, star=star, subvolumes=subvolumes, truth=truth, basis=basis)
+
+
+def find_particle(cell, place):
+    """Return the true particle that stands where a map was put."""
+    distance = np.linalg.norm(cell.truth[['coord_x', 'coord_y', 'coord_z']].to_numpy() - place[1], axis=1)
+    assert distance.min() < 0.01
+    particle = cell.truth.iloc[distance.argmin()]
+    require_place(place, particle)
+    return particle
+
+
+def measure_parts(path, basis):
+    """Return how much of each part a map has, relative to its body."""
+    data, columns = read_volume(path).data.flatten(), basis.flatten(1).T
+    found = torch.linalg.lstsq(torch.column_stack([columns, torch.ones(len(data))]), data[:, None]).solution[:3, 0]
+    return (found[1:] / found[0]).numpy()
+
+
+def test_from_star_to_scene_every_particle_has_its_own_volume(cell, tmp_path, monkeypatch):
+    """Four tomograms, mixed rows, missing tilts: what stands in a scene is the volume of the particle that was there."""
+    assert main(['place', str(cell.folder / 'run'), '-o', str(tmp_path / 'scenes'), '--device', 'cpu']) == 0
+    found = []
+    for script in sorted((tmp_path / 'scenes').glob('*.cxc')):
+        seen = set()
+        for model in Program(monkeypatch).run(script).values():
+            (position,) = model.positions
+            centre = -model.origin / model.step  # the voxel that stands at the particle
+            np.testing.assert_allclose(centre, 8)
+            particle = find_particle(cell, (None, position[:, 3], position[:, :3]))
+            seen.add(particle.tomogram)
+            found.append([*measure_parts(model.path, cell.basis), particle.a, particle.b])
+        assert len(seen) == 1  # a scene is one tomogram
+    assert len(found) == len(cell.truth) and len(list((tmp_path / 'scenes').glob('*.cxc'))) == 4
+    parts, true = np.array(found)[:, :2], np.array(found)[:, 2:]
+    parts = 2 + np.std([1, 2, 3]) * (parts - parts.mean(0)) / parts.std(0)  # densities have a unit of their own
+    assert (parts.round() == true).all(), np.column_stack([parts, true])
+    plan = pd.read_csv(tmp_path / 'scenes/placements.csv').set_index('particle')
+    names = load_stack(cell.star, coordinates=cell.subvolumes).table.particles.particle_name
+    by_name = cell.truth.set_index('particle_name')
+    for particle, row in plan.iterrows():
+        assert row.tomogram == by_name.tomogram[names[particle]]
+
+
+def test_a_network_places_what_it_decodes(cell, tmp_path, monkeypatch):
+    """The map that stands at a particle is the one that `recon volumes --particles` gives for its number, whatever the selection."""
+    tiny = '--encoder-dim 16 --tilt-features 8 --decoder-dim 16 --encoder-layers 1 --decoder-layers 1 --zdim 2 --epochs 1 --batch-size 8 --n-tilts 3 --n-workers 0 --device cpu --no-analysis'
+    Selection(tuple(range(5, 40)), len(cell.truth), 'some').save(tmp_path / 'some.json')
+    words = ['train', str(cell.star), '--coordinates', str(cell.subvolumes), '--select', str(tmp_path / 'some.json'), '-o', str(tmp_path / 'run'), '--preset', 'et', *tiny.split()]
+    assert main(words) == 0
+    assert main(['place', str(tmp_path / 'run'), '-o', str(tmp_path / 'scenes'), '--device', 'cpu']) == 0
+    asked = [33, 7, 21, 38]
+    assert main(['volumes', str(tmp_path / 'run'), '-o', str(tmp_path / 'volumes'), '--device', 'cpu', '--particles', *map(str, asked)]) == 0
+    names = load_stack(cell.star).table.particles.particle_name
+    expected = {names[p]: read_volume(tmp_path / f'volumes/vol_{i:03d}.mrc').data for i, p in enumerate(asked)}
+    placed = [model for script in (tmp_path / 'scenes').glob('*.cxc') for model in Program(monkeypatch).run(script).values()]
+    by_name = {find_particle(cell, (None, m.positions[0][:, 3], m.positions[0][:, :3])).particle_name: read_volume(m.path).data for m in placed}
+    assert set(by_name) == set(names[5:40])
+    for name, volume in expected.items():
+        np.testing.assert_allclose(by_name[name], volume, atol=1e-5)
+        assert min(by_name, key=lambda key: float((by_name[key] - volume).abs().max())) == name  # no other particle's map is as near
+
+
+def test_the_verbs(cell, tomogram, tmp_path, capsys):
+    assert main(['place', str(cell.folder / 'run'), '-o', str(tmp_path / 'scenes'), '--kmeans', '2', '--tomograms', str(tomogram), '--low-pass', '60', '--level', '0.1', '--device', 'cpu']) == 0
+    assert capsys.readouterr().out == f'48 particles, 2 volumes, 4 scenes: {tmp_path / "scenes"}\n'
+    names = load_stack(cell.star).table.particles.particle_name
+    pd.DataFrame({'particle': range(48), 'label': cell.truth.set_index('particle_name').a[names].astype(int).to_numpy()}).to_csv(tmp_path / 'labels.csv', index=False)
+    words = ['context', str(cell.star), '--coordinates', str(cell.subvolumes), '--tomogram', str(tomogram), '-o', str(tmp_path / 'context'), '--labels', str(tmp_path / 'labels.csv')]
     assert main(words) == 0
     assert capsys.readouterr().out == f'page: {tmp_path / "context/context.html"}\n'
-    assert pd.read_csv(tmp_path / 'context/composition.csv', index_col=0).to_numpy().sum() == 40
-    assert main([*words[:4], '-o', str(tmp_path / 'other'), '--color', 'klass']) == 2
+    counts = pd.read_csv(tmp_path / 'context/composition.csv', index_col=0)
+    pd.testing.assert_frame_equal(counts, pd.crosstab(cell.truth.tomogram, cell.truth.a.astype(int)).rename(columns=str), check_names=False)
+    assert main([*words[:6], '-o', str(tmp_path / 'other'), '--color', 'klass']) == 2
     assert 'There is no column "klass"' in capsys.readouterr().err
+    assert main(['context', str(cell.star), '--tomogram', str(tomogram), '-o', str(tmp_path / 'none')]) == 2
+    assert '--coordinates' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tables, neighbours, pictures
