@@ -11,7 +11,7 @@ __all__ = ['rate_schedules', 'rate_scales', 'largest_batch', 'draw_noise', 'cycl
            'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'choose_shown', 'walk_epoch', 'fit',
            'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded', 'measure_spread', 'build_run_model',
            'compile_model', 'log_suspicions', 'load_dataset', 'load_model', 'load_pose_table', 'encode_epoch',
-           'start_encoder', 'train_run']
+           'require_trainable', 'prepare_training', 'start_encoder', 'save_start', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -41,9 +41,10 @@ from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses
 from .consensus import require_poses
 from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, find_free_memory, find_warnings, iterate_batches, load_stack, measure_contrast, order_epoch
 from .fourier import Lattice
+from .imaging import compute_error_weights, compute_transfer, find_worth_decoding
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
-from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, resume_run, split_tree, update_config, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, require_free, resume_run, split_tree, update_config, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 from .starts import needs_start, start_model
 from .tiltsampling import count_shown, limit_tilts
@@ -848,20 +849,60 @@ def encode_epoch(
         run.save_latents(epoch, latents)
 
 # %% ../nbs/41_training.ipynb #7153769d
+def require_trainable(
+    model: ReconstructionModel,  # as built
+    dataset: ParticleDataset,  # P particles
+    config: RunConfig,  # the settings
+) -> None:
+    "Raise `ConfigError` or `InputError` for what a step would run into, whatever the pixels."
+    schedule_beta(config.model.beta, model.zdim, config.model.beta_schedule)
+    choose_shown(dataset, config.train, 0)
+    known = (dataset.stack.ctf, dataset.stack.tilt, dataset.lattice)
+    for compute in (compute_transfer, compute_error_weights):
+        compute(*known, dose=model.dose, n_coefficients=1)
+    if model.dose_mask:
+        find_worth_decoding(*known, 1)
+
+# %% ../nbs/41_training.ipynb #8a553219
+def prepare_training(
+    config: RunConfig,  # names images and model
+    *,
+    stack: ParticleStack | None,  # images that are in memory already
+    facts: Mapping[str, Any],  # inputs["data"] of a run that is gone on with
+    device: torch.device,  # where training will be
+) -> tuple[ParticleDataset, ReconstructionModel]:
+    "Return images and model of a run that can be trained."
+    dataset = load_dataset(config, stack=stack, facts=facts)
+    model = build_run_model(config, dataset.lattice)
+    require_trainable(model, dataset, config)
+    compile_model(model, config.train, dataset, device=device)
+    return dataset, model
+
+# %% ../nbs/41_training.ipynb #0df13631
 def start_encoder(
-    run: RunFolder,  # without checkpoints
     model: ReconstructionModel,  # with a subspace encoder that has no bases
     dataset: ParticleDataset,  # P particles
+    config: RunConfig,  # the settings
     *,
     device: torch.device,  # where to compute
 ) -> None:
-    "Fit the subspace, load it into the encoder and keep it as epoch 0."
-    config = run.config
+    "Fit the subspace and load it into the encoder; raise `ConfigError` for too few particles."
     settings = {name: value for name, value in dataclasses.asdict(config.subspace).items() if name != "test"}
     start_model(model, dataset, seed=config.train.seed, dose=config.model.dose, device=device, **settings)
-    seed_all(config.train.seed + get_rank())
+
+# %% ../nbs/41_training.ipynb #eee522cb
+def save_start(
+    run: RunFolder,  # without checkpoints
+    model: ReconstructionModel,  # started
+    dataset: ParticleDataset,  # its images
+    *,
+    device: torch.device,  # where training will be
+) -> None:
+    "Keep a started model as epoch 0."
+    train = run.config.train
+    seed_all(train.seed + get_rank())
     settle_data(run, dataset)
-    save_progress(run, Learner(model.to(device), dataset, config.train), Progress())
+    save_progress(run, Learner(model.to(device), dataset, train), Progress())
     wait_for_team()
 
 # %% ../nbs/41_training.ipynb #6822272d
@@ -884,9 +925,12 @@ def train_run(
             wait_for_team()
             config, facts = open_run(path).config, open_run(path).inputs.get("data", {})
         with collect_log() as earlier:
-            dataset = load_dataset(config, stack=stack, facts=facts)
-            model = build_run_model(config, dataset.lattice)
-            compile_model(model, config.train, dataset, device=device)
+            if is_new:
+                require_free(path)
+            dataset, model = prepare_training(config, stack=stack, facts=facts, device=device)
+            is_started = needs_start(model) and (is_new or not open_run(path).checkpoints)
+            if is_started:
+                start_encoder(model, dataset, config, device=device)
         if is_new and is_main():
             held.enter_context(lock_run(create_run(path, config)))
         if is_main():
@@ -894,8 +938,8 @@ def train_run(
         wait_for_team()
         run = open_run(path)
         with record_log(run, earlier) if is_main() else nullcontext(logging.getLogger("recon_nb")) as logger:
-            if not run.checkpoints and needs_start(model):
-                start_encoder(run, model, dataset, device=device)
+            if is_started:
+                save_start(run, model, dataset, device=device)
             if run.epochs:
                 encode_epoch(run, dataset, run.epochs[-1], device=device)
             for stats in fit(model, dataset, run, device=device, on_step=on_step):
