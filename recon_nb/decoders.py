@@ -207,7 +207,22 @@ class PositionalDecoder(Decoder):
             self.from_latent.weight.data = first.weight.data[:, self.encoding.out_dim :].clone()
         self.network = layers[1:]
         self.network[0] = nn.Identity()  # the first activation is part of `apply_first_layer`
+        self.register_buffer("envelope", torch.ones(box // 2 + 1))  # by shell
         self.compiled: CompiledFunction | None = None
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: object) -> None:
+        "Take an envelope of 1 where the weights were written without one."
+        state.setdefault(f"{prefix}envelope", torch.ones_like(self.envelope))
+        super()._load_from_state_dict(state, prefix, *others)
+
+    def compute_envelope(
+        self,
+        coords: Tensor,  # (..., 3) cycles/px, x y z
+    ) -> Tensor:  # (...)
+        "Return the factor of the network's values: the envelope, linear between shells."
+        place = coords.norm(dim=-1).mul(self.box).clamp(max=len(self.envelope) - 1)
+        below = place.detach().long().clamp(max=len(self.envelope) - 2)
+        return torch.lerp(self.envelope[below], self.envelope[below + 1], place - below)
 
     def forward(
         self,
@@ -217,7 +232,8 @@ class PositionalDecoder(Decoder):
         "Evaluate the transform of the density."
         folded, sign = fold_half_space(coords)
         real, imaginary = (self.compiled or self.evaluate)(folded, z).unbind(-1)
-        return torch.complex(real, imaginary * sign)
+        size = self.compute_envelope(folded)
+        return torch.complex(real * size, imaginary * (size * sign))
 
     def decode_points(
         self,
@@ -228,7 +244,8 @@ class PositionalDecoder(Decoder):
         "Evaluate the transform at one list of coordinates of several latents."
         folded, sign = fold_half_space(coords[None])
         real, imaginary = (self.compiled or self.evaluate)(folded, z, None if z is None else row)[0].unbind(-1)
-        return torch.complex(real, imaginary * sign[0])
+        size = self.compute_envelope(folded[0])
+        return torch.complex(real * size, imaginary * (size * sign[0]))
 
     def evaluate(
         self,
