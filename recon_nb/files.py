@@ -1062,6 +1062,8 @@ def build_relion_source(
     optics["rlnImageDimensionality"] = [2] * n
     if table.premultiplied:
         optics["rlnCtfDataAreCtfPremultiplied"] = [1] * n
+    if table.dose_weighted:
+        optics["reconDoseWeighted"] = [1] * n  # RELION has no word for it
     particles = {"rlnImageName": format_image_names(rows["stack"], rows["slice"])}
     particles |= {label: rows[c].to_numpy() for label, c in RELION_OUTPUT.items() if c in rows}
     if "dose" in rows and "tilt_angle" in rows:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SERIES_NUMBERS', 'SERIES_TEXTS', 'SET_TEXTS', 'SET_NUMBERS', 'SET_COLUMNS', 'rank_in_time', 'require_distinct_doses',
            'find_dose_convention', 'find_tilt_axes', 'sign_tilts', 'DoseScheme', 'parse_dose_scheme', 'match_tilts',
-           'settle_doses', 'name_particles', 'is_series', 'name_tomograms', 'read_tilt_angles', 'find_binning_hint',
-           'describe_origins', 'arrange_series', 'make_tilt_rotations', 'find_tilt_angles', 'TiltSeries',
-           'read_tilt_rotations', 'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series',
+           'take_off_exposure', 'settle_doses', 'name_particles', 'is_series', 'name_tomograms', 'read_tilt_angles',
+           'find_binning_hint', 'describe_origins', 'arrange_series', 'make_tilt_rotations', 'find_tilt_angles',
+           'TiltSeries', 'read_tilt_rotations', 'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series',
            'read_visible_frames', 'read_angles', 'read_positions', 'expand_tomogram', 'find_full_stacks', 'SetFiles',
            'name_set_files', 'SeriesSet', 'find_set_files', 'read_set_columns', 'compose_images',
            'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates', 'join_coordinates', 'list_labels',
@@ -161,6 +161,18 @@ def match_tilts(
     return place
 
 # %% ../nbs/20b_tiltseries.ipynb #f192a08f
+def take_off_exposure(
+    dose: np.ndarray,  # (N,) e/Å², accumulated up to the end of each image
+    series: np.ndarray,  # (N,) int, the same number where images share their tilts
+) -> np.ndarray:  # (N,) e/Å², up to its beginning
+    "Subtract from the dose of every image its own exposure."
+    keys, place = np.unique(np.stack([series, np.round(1000 * dose)]), axis=1, return_inverse=True)
+    step, first = np.diff(keys[1], prepend=0), np.append(True, np.diff(keys[0]) > 0)
+    usual = np.median(step[~first]) if (~first).any() else keys[1].min()
+    step = np.where(first | (step > 1.8 * usual), np.minimum(usual, keys[1]), step)
+    return ((keys[1] - step) / 1000)[place.ravel()]
+
+# %% ../nbs/20b_tiltseries.ipynb #af82b712
 def settle_doses(
     dose: np.ndarray | None,  # (N,) e/Å², as in the file; None where it has none
     rows: "pandas.DataFrame",  # N images of a ParticleTable, with tilt_angle
@@ -179,12 +191,9 @@ def settle_doses(
         row = int(np.argmin(dose))
         raise InputError(f"{locate(row)}: a dose of {dose[row]:g} e/Å² (rlnMicrographPreExposure, or rlnCtfBfactor / -4); correct it, or give --dose-scheme.")
     if scheme.convention == "after":
-        keys, place = np.unique(np.stack([series, np.round(1000 * dose)]), axis=1, return_inverse=True)
-        before = np.concatenate([[0.0], keys[1][:-1] / 1000])
-        first = np.append(True, np.diff(keys[0]) > 0)
-        second = np.where(np.append(~first[1:], False), np.append(keys[1][1:], 0), np.inf)
-        before[first] = np.maximum(0, 2 * keys[1] - second)[first] / 1000  # its exposure is taken for that of the second tilt
-        return before[place.ravel()], "before"
+        if find_dose_convention(dose, series) == "before":
+            raise InputError(f"{locate(int(np.argmin(dose)))}: a dose of {dose.min():g} e/Å², so that doses count up to the beginning of each image; leave out --dose-scheme after.")
+        return take_off_exposure(dose, series), "before"
     return np.maximum(dose, 0.0), scheme.convention or convention or find_dose_convention(dose, series)
 
 # %% ../nbs/20b_tiltseries.ipynb #c22992c0
@@ -316,9 +325,10 @@ def arrange_series(
     rows["order"] = rank_in_time(rows["dose"].to_numpy(), series)
     first = np.unique(particle, return_index=True)[1]
     particles = pandas.DataFrame({"particle_name": unique} | ({} if tomograms is None else {"tomogram": rows["tomogram"].to_numpy()[first]}))
-    kept = [w for w in table.warnings if w != SERIES_WARNING]
-    return replace(table, rows=rows, particles=particles, dose_convention=convention, warnings=(*kept, *doubts, *find_binning_hint(table)),
-                   origins=describe_origins(texts, scheme=scheme, has_tomograms=tomograms is not None))
+    kept, optics = [w for w in table.warnings if w != SERIES_WARNING], table.source.optics
+    weighted = optics is not None and "reconDoseWeighted" in table.source.blocks[optics].columns  # written by ourselves
+    return replace(table, rows=rows, particles=particles, dose_convention=convention, warnings=(*kept, *doubts),
+                   dose_weighted=weighted, origins=describe_origins(texts, scheme=scheme, has_tomograms=tomograms is not None))
 
 # %% ../nbs/20b_tiltseries.ipynb #09aa6f83
 def make_tilt_rotations(
@@ -354,6 +364,7 @@ class TiltSeries:
     is_dummy: bool = False  # the tilt images are not there (WarpTools)
     micrograph: tuple[str, ...] = ()  # (T,) names of the tilt images
     order: np.ndarray | None = None  # (T,) int, rank in time; None until the doses are settled
+    locate: Callable[[int], str] = "tilt {}".format  # tilt to its place in the file
 
     def __len__(self) -> int:
         return len(self.rot)
@@ -414,7 +425,7 @@ def read_tilt_series(
         entry["rlnTomoName"], rot, find_tilt_angles(rot) if angle is None else angle, read_column("rlnMicrographPreExposure"), ctf,
         hand=read_entry("rlnTomoHand") * read_entry("rlnTomoDefocusSlope", 1.0),
         size=pixel_size * np.array([read_entry(f"rlnTomoSize{axis}") for axis in "XYZ"]), pixel_size=pixel_size,
-        is_dummy=Path(entry.get("rlnTomoTiltSeriesName", "")).name.startswith("dummy"), micrograph=tuple(names),
+        is_dummy=Path(entry.get("rlnTomoTiltSeriesName", "")).name.startswith("dummy"), micrograph=tuple(names), locate=block.locate,
     )
 
 # %% ../nbs/20b_tiltseries.ipynb #f9bc7bf7
@@ -471,7 +482,7 @@ def settle_series(
     rows, one = pandas.DataFrame({"tilt_angle": series.tilt_angle, "frame": range(len(series)), "tomogram": series.name}), np.zeros(len(series), int)
     if series.micrograph:
         rows["micrograph"] = series.micrograph
-    dose, convention = settle_doses(series.dose, rows, one, convention="before", scheme=scheme, locate=f"tomogram '{series.name}', tilt {{}}".format)
+    dose, convention = settle_doses(series.dose, rows, one, convention="before", scheme=scheme, locate=series.locate)
     return replace(series, dose=dose, order=rank_in_time(dose, one)), convention
 
 # %% ../nbs/20b_tiltseries.ipynb #36285513
@@ -914,6 +925,7 @@ def read_table(
         table = read_particles(path, datadir=datadir, pixel_size=pixel_size, **beside)
         if isinstance(table.source, StarSource) and (dose_scheme is not None or is_series(table.source.table)):
             table = arrange_series(table, scheme)
+            table = table if pixel_size is not None else replace(table, warnings=(*table.warnings, *find_binning_hint(table)))
         elif dose_scheme is not None:
             raise InputError(f"{path}: --dose-scheme belongs to tilt series, and this file does not name particles.")
     if table.dose_convention is not None:
