@@ -174,6 +174,7 @@ class TrainConfig(Section):
     weight_decay: float = 0.0  # L2 penalty of Adam
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate, over all epochs
     warmup_epochs: float = 0.0  # learning rate rises linearly over this many epochs
+    teach_steps: int | Literal["auto"] = 0  # steps on the start's volumes before images are shown, where a subspace starts a positional decoder; auto = as many as cost what an epoch does, at most 2000
     start_radius: float = 1.0  # share of Nyquist with which training begins; 1 = all frequencies from the start
     radius_epochs: float = 1.0  # epochs over which the radius grows from there to Nyquist
     pixel_fraction: float = 1.0  # share of the coefficients that a step looks at, drawn anew every time
@@ -190,7 +191,7 @@ class TrainConfig(Section):
     n_workers: int = 2  # threads that read images ahead of the step
 
     ranges = {"epochs": (1, 1e6), "batch_size": (1, 1e6), "n_tilts": (1, 10000), "learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0),
-              "warmup_epochs": (0.0, 1e6), "checkpoint_every": (1, 1e6), "start_radius": (0.01, 1.0), "radius_epochs": (1e-3, 1e6), "pixel_fraction": (1e-3, 1.0),
+              "warmup_epochs": (0.0, 1e6), "checkpoint_every": (1, 1e6), "teach_steps": (0, 1e6), "start_radius": (0.01, 1.0), "radius_epochs": (1e-3, 1e6), "pixel_fraction": (1e-3, 1.0),
               "checkpoint_minutes": (0.0, 1e6), "keep_last": (0, 1e6), "encode_every": (0, 1e6),
               "pose_learning_rate": (0.0, 10.0), "pose_start_epoch": (0, 1e6), "n_workers": (0, 256), "seed": (0, 2**63 - 1)}
 

@@ -11,7 +11,7 @@ __all__ = ['rate_schedules', 'rate_scales', 'largest_batch', 'draw_noise', 'cycl
            'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'choose_shown', 'walk_epoch', 'fit',
            'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded', 'measure_spread', 'build_run_model',
            'compile_model', 'log_suspicions', 'load_dataset', 'load_model', 'load_pose_table', 'encode_epoch',
-           'require_trainable', 'prepare_training', 'start_encoder', 'save_start', 'train_run']
+           'require_trainable', 'prepare_training', 'choose_teach_steps', 'start_encoder', 'save_start', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -47,6 +47,7 @@ from .models import ReconstructionModel, build_model
 from .runs import Checkpoint, RunConfig, RunFolder, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, join_tree, lock_run, open_run, record_log, require_free, resume_run, split_tree, update_config, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 from .starts import needs_start, start_model
+from .teaching import evaluations_per_step, teach_model
 from .tiltsampling import count_shown, limit_tilts
 
 # %% ../nbs/41_training.ipynb #b8ec0225
@@ -879,6 +880,18 @@ def prepare_training(
     return dataset, model
 
 # %% ../nbs/41_training.ipynb #0df13631
+def choose_teach_steps(
+    dataset: ParticleDataset,  # its images
+    train: TrainConfig,  # says how many, or auto
+    largest: int = 2000,  # beyond which `auto` does not go
+) -> int:
+    "Return the number of steps on the start's volumes; `auto` asks the network as often as an epoch of images does."
+    if train.teach_steps != "auto":
+        return train.teach_steps
+    asked = train.pixel_fraction * dataset.lattice.n_coefficients * int(count_shown(dataset, train.n_tilts).sum())
+    return min(largest, math.ceil(asked / evaluations_per_step))
+
+# %% ../nbs/41_training.ipynb #377a4c8d
 def start_encoder(
     model: ReconstructionModel,  # with a subspace encoder that has no bases
     dataset: ParticleDataset,  # P particles
@@ -886,9 +899,10 @@ def start_encoder(
     *,
     device: torch.device,  # where to compute
 ) -> None:
-    "Fit the subspace and load it into the encoder; raise `ConfigError` for too few particles."
+    "Fit the subspace, load it into the encoder and teach the network its volumes; raise `ConfigError` for too few particles."
     settings = {name: value for name, value in dataclasses.asdict(config.subspace).items() if name != "test"}
-    start_model(model, dataset, seed=config.train.seed, dose=config.model.dose, device=device, **settings)
+    found = start_model(model, dataset, seed=config.train.seed, dose=config.model.dose, device=device, **settings)
+    teach_model(model.to(device), found, choose_teach_steps(dataset, config.train), seed=config.train.seed)
 
 # %% ../nbs/41_training.ipynb #eee522cb
 def save_start(

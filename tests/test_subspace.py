@@ -21,11 +21,11 @@ from recon_nb.dose import attenuate_by_dose, weight_by_tilt
 from recon_nb.files import open_stack, read_particles, read_volume
 from recon_nb.latent import compute_knn_correlation
 from recon_nb.ppca import collect_statistics, fit_ppca
-from recon_nb.runs import make_config, open_run
+from recon_nb.runs import make_config, open_run, read_log
 from recon_nb.simulate import draw_poses, make_phantom, simulate_stack
 from recon_nb.starts import fit_subspace
 from recon_nb.subspace import run_subspace
-from recon_nb.training import load_model
+from recon_nb.training import load_model, train_run
 
 root = Path(__file__).resolve().parent.parent
 quick = ['--rank', 2, '--low-passes', 3, '--full-passes', 1, '--device', 'cpu']
@@ -326,6 +326,36 @@ def test_training_starts_from_the_subspace(star, tmp_path, capsys, options, kind
     before, after = (run.load_checkpoint(epoch).model for epoch in (0, 1))
     assert bool(before['encoder.half_bases'].any()) and all(torch.equal(after[n], before[n]) for n in before if n.startswith('encoder.'))
     assert any(not torch.equal(after[n], before[n]) for n in before if n.startswith('decoder.'))
+
+
+taught = {**few, 'subspace.rounds': 0, 'model.encoder': 'subspace', 'model.zdim': 1, 'model.decoder_dim': 32, 'model.decoder_layers': 2, 'train.bf16': False, 'train.n_workers': 0,
+          'train.batch_size': 20, 'train.learning_rate': 1e-3}
+
+
+def test_teaching_is_done_once_and_leaves_the_same_bits(tmp_path):
+    stack = simulate_stack(make_phantom('hinge', 16, n_states=5), 200, snr=1.0, seed=0).stack
+    whole = train_run(tmp_path / 'whole', make_config(changes={**taught, 'train.teach_steps': 150, 'train.epochs': 2}), stack=stack, device='cpu')
+    part = train_run(tmp_path / 'part', make_config(changes={**taught, 'train.teach_steps': 150, 'train.epochs': 1}), stack=stack, device='cpu')
+    train_run(part.path, stack=stack, device='cpu', changes={'train.epochs': 2})
+    assert (part.path / 'log.txt').read_text().count('was taught') == 1
+    for epoch in (0, 1, 2):
+        ours, theirs = (run.load_checkpoint(epoch).model for run in (whole, part))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), epoch
+    plain = train_run(tmp_path / 'plain', make_config(changes={**taught, 'train.epochs': 2}), stack=stack, device='cpu')
+    assert bool((plain.load_checkpoint(0).model['decoder.envelope'] == 1).all()) and 'was taught' not in (plain.path / 'log.txt').read_text()
+    losses = [read_log(run)['recon'] for run in (whole, plain)]
+    assert losses[0][0] < losses[1][0]  # who was taught begins ahead
+
+
+@pytest.mark.slow
+def test_two_processes_are_taught_as_one(star, tmp_path):
+    words = ['train', star, *quick, '--rounds', 0, *small, '--zdim', 1, '--teach-steps', 60, '--bf16', 'off']
+    finish(start(*words, '-o', tmp_path / 'two', n_processes=2))
+    finish(start(*words, '-o', tmp_path / 'one'))
+    one, two = (load_model(open_run(tmp_path / name), 0, device='cpu') for name in ('one', 'two'))
+    z = open_run(tmp_path / 'one').load_latents(0).mu[::50]
+    ours, theirs = one.decode_volumes(z), two.decode_volumes(z)
+    assert float((ours - theirs).norm() / ours.norm()) < 0.05  # the sums of the fit differ in their last bits
 
 
 def test_starts_that_cannot_be(star, tmp_path, capsys):
