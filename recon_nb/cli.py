@@ -263,7 +263,7 @@ def list_facts(
 
 # %% ../nbs/90_cli.ipynb #5d5c512c
 def inspect_particles(
-    particles: str,  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf
+    particles: str,  # star or cs file, optimisation set of tilt series, or an .mrcs or .txt list of stacks with --poses and --ctf
     *,
     json: bool = False,  # print one JSON object and nothing else
     **data,
@@ -384,7 +384,7 @@ def read_defocus_pool(
 
 # %% ../nbs/90_cli.ipynb #e52b854a
 def backproject_particles(
-    particles: str,  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf
+    particles: str,  # star or cs file, optimisation set of tilt series, or an .mrcs or .txt list of stacks with --poses and --ctf
     *,
     out: str,  # folder to make: map.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png
     first: int | None = None,  # use the first N particles only
@@ -520,7 +520,7 @@ def choose_start(
 
 # %% ../nbs/90_cli.ipynb #f9ce5f0e
 def fit_particles(
-    particles: str,  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf
+    particles: str,  # star or cs file, optimisation set of tilt series, or an .mrcs or .txt list of stacks with --poses and --ctf
     *,
     out: str,  # run folder to make
     zdim: int | None = None,  # latent dimension, 1 for a curve; None = what held-out particles prefer
@@ -555,7 +555,7 @@ def fit_particles(
 
 # %% ../nbs/90_cli.ipynb #61f1fe73
 def train_model(
-    particles: str = "",  # star or cs file, or an .mrcs or .txt list of stacks with --poses and --ctf; not needed with --resume
+    particles: str = "",  # star or cs file, optimisation set of tilt series, or an .mrcs or .txt list of stacks with --poses and --ctf; not needed with --resume
     *,
     out: str,  # run folder to make, or to go on with
     preset: str | None = None,  # settings of a paper: cryodrgn, or for tilt series tomodrgn and et; options given beside it have the last word

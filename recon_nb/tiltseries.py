@@ -10,8 +10,8 @@ __all__ = ['SERIES_NUMBERS', 'SERIES_TEXTS', 'SET_TEXTS', 'SET_NUMBERS', 'SET_CO
            'TiltSeries', 'read_tilt_rotations', 'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series',
            'read_visible_frames', 'read_angles', 'read_positions', 'expand_tomogram', 'find_full_stacks', 'SetFiles',
            'name_set_files', 'SeriesSet', 'find_set_files', 'read_set_columns', 'compose_images',
-           'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates', 'join_coordinates', 'list_labels',
-           'read_table']
+           'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates', 'list_labels', 'is_set',
+           'join_coordinates', 'read_table']
 
 # %% ../nbs/20b_tiltseries.ipynb #8115202c
 import logging
@@ -876,12 +876,30 @@ def read_coordinates(
     return frame
 
 # %% ../nbs/20b_tiltseries.ipynb #e865a3f4
+def list_labels(
+    path: Path,  # .star
+) -> set[str]:
+    "Return the labels of all columns of a star file, read without parsing its rows."
+    if path.suffix != ".star" or not path.is_file():
+        return set()
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return {line.split()[0][1:] for line in file if line[:4] in ("_rln", "_wrp")}
+
+# %% ../nbs/20b_tiltseries.ipynb #6209c9d3
+def is_set(
+    labels: set[str],  # of all columns of a star file
+) -> bool:
+    "Tell whether a star file is an optimisation set, or the particle file of one."
+    return bool(labels & {"rlnTomoParticlesFile", "rlnTomoVisibleFrames"}) or {"rlnTomoSubTomosAre2DStacks", "rlnTomoParticleName"} <= labels
+
+# %% ../nbs/20b_tiltseries.ipynb #c700b83a
 def join_coordinates(
     table: ParticleTable,  # of tilt series
     path: str | Path,  # star file of the subvolumes
 ) -> ParticleTable:
     "Give particles the places that another file has for them; raise `InputError` for one that is not there."
-    places, names = read_coordinates(path), table.particles["particle_name"]
+    names = table.particles["particle_name"]
+    places = read_set(Path(path)).particles.set_index("particle_name") if is_set(list_labels(Path(path))) else read_coordinates(path)
     absent = np.flatnonzero(~names.isin(places.index).to_numpy())
     if absent.size:
         example = f"it has '{places.index[0]}'" if len(places) else "it is empty"
@@ -892,14 +910,6 @@ def join_coordinates(
     return replace(table, rows=rows, particles=particles.join(joined), origins=table.origins | {"coordinates": str(path)})
 
 # %% ../nbs/20b_tiltseries.ipynb #c651e95e
-def list_labels(
-    path: Path,  # .star
-) -> set[str]:
-    "Return the labels of all columns of a star file, read without parsing its rows."
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        return {line.split()[0][1:] for line in file if line[:4] in ("_rln", "_wrp")}
-
-# %% ../nbs/20b_tiltseries.ipynb #93e43351
 def read_table(
     path: str | Path,  # .star, .cs, or .mrcs / .mrc / .txt list of stacks
     *,
@@ -912,8 +922,7 @@ def read_table(
 ) -> ParticleTable:
     "Read single particles or tilt series in any supported format; raise `InputError` naming file, row or column and the remedy."
     path, scheme = Path(path), DoseScheme() if dose_scheme is None else parse_dose_scheme(dose_scheme)
-    labels = list_labels(path) if path.suffix == ".star" and path.is_file() else set()
-    in_set = bool(labels & {"rlnTomoParticlesFile", "rlnTomoVisibleFrames"}) or {"rlnTomoSubTomosAre2DStacks", "rlnTomoParticleName"} <= labels
+    in_set = is_set(list_labels(path))
     given = next((name for name, value in beside.items() if value is not None), None)
     if in_set and given:
         raise InputError(f"{path}: an optimisation set has its own poses and CTF; --{given} belongs to files with a row per image.")

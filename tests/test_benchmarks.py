@@ -130,3 +130,22 @@ def test_impossible_shares_are_refused(data_dir, tmp_path):
     done = run_make_data("--set", "s2_small", "--mass-share", 0.5, "-o", tmp_path / "a", data=data_dir)
     assert done.returncode != 0
     assert "0.326" in done.stderr
+
+
+@pytest.mark.slow
+def test_tilt_inputs_are_read_as_they_should(data_dir, tmp_path):
+    environment = {**os.environ, "RECON_NB_DATA": str(data_dir), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "MPLBACKEND": "agg"}
+    command = [sys.executable, root / "benchmarks/tilt_inputs.py", "--quick", "--parts", "warp", "warptools", "relion5", "-o", tmp_path / "inputs.csv"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "inputs.csv", keep_default_na=False)
+    values = dict(zip(table.input + ": " + table.quantity, table.value))
+    for quantity, required in zip(table.input + ": " + table.quantity, table.required):
+        if required.isdigit() or required == "True":
+            assert values[quantity] == required, quantity
+    for shell, required in enumerate((0.95, 0.91, 0.89, 0.81, 0.68, 0.53), 1):
+        assert float(values[f"warp: even/odd FSC, shell {shell}, dose off"]) > required
+    assert float(values["warptools: correlation with RELION's map, mirrored along z"]) > 0.9 > 0.7 > float(values["warptools: correlation with RELION's map, as it is"])
+    assert values["warptools: frame of rank 1: axes zyx, z mirrored"] == values["warptools: correlation with RELION's map, mirrored along z"]
+    assert float(values["relion5: largest error of 200 poses multiplied out by hand"]) < 1e-9
+    assert (tmp_path / "inputs.png").stat().st_size > 10000

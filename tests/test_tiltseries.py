@@ -452,6 +452,15 @@ def test_coordinates_are_joined_by_name(tmp_path):
         load_stack(path, coordinates=tmp_path / 'twice.star')
 
 
+def test_a_downsampled_set_finds_its_places_in_the_original(written, tmp_path):
+    if written.name in ('series.star', 'pyp.star'):
+        pytest.skip('no set')
+    assert main(['downsample', str(written), '-o', str(tmp_path / 'small.mrcs'), '--box', '6']) == 0
+    original, small = read_table(written), load_stack(tmp_path / 'small.star', coordinates=written).table
+    pandas.testing.assert_frame_equal(small.particles[original.particles.columns], original.particles)
+    assert small.rows['tomogram'].tolist() == original.rows['tomogram'].tolist()
+
+
 def test_coordinates_of_the_simulated_ribosomes(data_dir):
     folder = data_dir / 'tomo/simulated_10076'
     table = load_stack(folder / '10076_both_32_sim.star', coordinates=folder / '10076_both_32_sim_vols.star', require_images=False).table
