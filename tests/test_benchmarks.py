@@ -149,3 +149,28 @@ def test_tilt_inputs_are_read_as_they_should(data_dir, tmp_path):
     assert values["warptools: frame of rank 1: axes zyx, z mirrored"] == values["warptools: correlation with RELION's map, mirrored along z"]
     assert float(values["relion5: largest error of 200 poses multiplied out by hand"]) < 1e-9
     assert (tmp_path / "inputs.png").stat().st_size > 10000
+
+
+def run_benchmark(name, *options, data=None):
+    """Run a benchmark at toy size; return its table."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "MPLBACKEND": "agg"} | ({} if data is None else {"RECON_NB_DATA": str(data)})
+    out = Path(options[options.index("-o") + 1])
+    done = subprocess.run([sys.executable, root / "benchmarks" / name, *map(str, options)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return pd.read_csv(out)
+
+
+@pytest.mark.slow
+def test_dose_mask_saves_what_it_should(tmp_path):
+    table = run_benchmark("bench_dose_mask.py", "--quick", "-o", tmp_path / "mask.csv").set_index("masked")
+    assert table.fewer[True] >= 2.5 and table.fewer[False] == 1
+    assert (table.difference < 1e-5).all()
+    assert table.evaluations[True] < table.of_whole_disc[True] < 2 * table.evaluations[True]
+
+
+@pytest.mark.slow
+def test_tilt_classes_are_measured_once(data_dir, tmp_path):
+    options = ("tilt_classes.py", "--quick", "--settings", "tomodrgn", "et", "-o", tmp_path / "classes.csv")
+    table = run_benchmark(*options, data=data_dir)
+    assert list(zip(table.setting, table.input)) == [("tomodrgn", "images"), ("tomodrgn", "noise"), ("et", "images"), ("et", "noise")]
+    pd.testing.assert_frame_equal(table, run_benchmark(*options, data=data_dir))

@@ -33,7 +33,9 @@ def train(folder, name, kind, changes, n_processes):
     ('single', {'train.optimize_poses': True, 'train.pose_start_epoch': 0}),
     ('ragged', {'model.zdim': 0, 'train.start_radius': 0.5, 'train.pixel_fraction': 0.5, 'train.scale_learning_rate': 'sqrt'}),
     ('ragged', {'model.encoder': 'subspace', 'model.manifold': 'linear', 'model.rank': 2, 'subspace.low_passes': 3, 'subspace.full_passes': 1, 'subspace.rounds': 0}),
-], ids=['latents', 'ragged', 'poses', 'curriculum and subsampling', 'from the subspace'])
+    ('tilts', {'model.encoder': 'tilt', 'model.pooling': 'attention', 'model.dose': 'weight', 'model.dose_mask': True, 'model.beta_per': 'series', 'train.n_tilts': 3, 'train.tilt_sampling': 'random'}),
+    ('tilts', {'model.encoder': 'tilt', 'model.pooling': 'concatenate', 'model.dose': 'model', 'train.n_tilts': 3}),
+], ids=['latents', 'ragged', 'poses', 'curriculum and subsampling', 'from the subspace', 'tilts as tomoDRGN', 'tilts as cryoDRGN-ET'])
 def test_two_processes_equal_one(tmp_path, kind, changes):
     """49 particles in joint batches of 8: the last has one row, so one process works with weight zero."""
     two, two_steps = train(tmp_path, 'two', kind, {**changes, 'train.batch_size': 4}, 2)

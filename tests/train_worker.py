@@ -1,6 +1,6 @@
 """Train on a small simulated stack in a process of its own: `python tests/train_worker.py RUN KIND CHANGES STEPS`.
 
-KIND is single, ragged (1 to 3 images a particle) or slow; CHANGES are settings as JSON; STEPS receives the losses of every step.
+KIND is single, ragged (1 to 3 images a particle), tilts (1 to 5, with dose and angle) or slow; CHANGES are settings as JSON; STEPS receives the losses of every step.
 """
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import torch
 from recon_nb.core import is_main
 from recon_nb.runs import is_run, make_config
 from recon_nb.simulate import make_phantom, simulate_stack
+from recon_nb.tiltsimulation import TiltScheme, list_dose_symmetric, simulate_tilts
 from recon_nb.training import train_run
 
 SETTINGS = {
@@ -22,7 +23,10 @@ SETTINGS = {
 
 
 def make_stack(kind, n=49):
-    """Simulate; a ragged stack gives images to particles in turn."""
+    """Simulate; a ragged stack gives images to particles in turn, and tilts are so fine that the dose matters."""
+    if kind == 'tilts':
+        stack = simulate_tilts(make_phantom('ribosome', 16, seed=0), n, scheme=TiltScheme(list_dose_symmetric(60, 30), 24.0), snr=1.0, missing=0.3, seed=0).stack
+        return dataclasses.replace(stack, pixel_size=3.28, table=None)
     stack = simulate_stack(make_phantom('ribosome', 16, seed=0), n, snr=1.0, seed=0).stack
     if kind != 'ragged':
         return stack
