@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recon_nb.caches import open_cache
 from recon_nb.cli import main
 from recon_nb.consensus import backproject_stack, read_halves
 from recon_nb.core import InputError, Selection
@@ -417,6 +418,19 @@ def test_filtered_images_need_doses(data_dir):
         StackSource(load_stack(data_dir / 'images/relion_proj_batch.star', dose_weighted=True))
 
 
+def test_a_cache_belongs_to_the_doses_that_it_was_made_with(tmp_path):
+    path = write_set(tmp_path)
+    read = lambda **options: StackSource(load_stack(path, **options), scale=1.0, subtract_background=False)
+    scheme = '2:' + ','.join(f'{a:g}' for a in np.round(ANGLES))
+    for options in ({}, {'dose_scheme': scheme}, {'dose_weighted': False}, {}):
+        source, index = read(**options), torch.arange(10)
+        found = open_cache(source, tmp_path / 'caches').read(index)
+        torch.testing.assert_close(found / found.abs().mean(), source.read(index) / source.read(index).abs().mean(), atol=5e-3, rtol=5e-3)
+    part = StackSource(load_stack(path).select([1, 3]), scale=1.0, subtract_background=False)
+    found = open_cache(part, tmp_path / 'caches').read(torch.arange(4))
+    torch.testing.assert_close(found / found.abs().mean(), part.read(torch.arange(4)) / part.read(torch.arange(4)).abs().mean(), atol=5e-3, rtol=5e-3)
+
+
 def test_user_has_the_last_word_on_conventions(tmp_path, capsys):
     path = write_set(tmp_path)
     for option, value in (('premultiplied', False), ('dose_weighted', False)):
@@ -720,6 +734,10 @@ def test_verbs_take_a_set_and_remember_how_it_was_read(tmp_path, capsys):
     assert (run.config.data.dose_scheme, run.config.data.tomograms) == (str(tilts), str(tmp_path / 'tomograms.star'))
     assert {'tomograms', 'dose_scheme'} <= set(run.inputs['files'])
     assert main(['encode', str(tmp_path / 'run')]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(['encode', str(tmp_path / 'run'), particles, *given]) == 0
+    assert 'normalise' not in capsys.readouterr().err  # on the run's scale, with what images were multiplied by taken back
+    assert (tmp_path / 'run/latents/particles/0001.csv').read_text() == (tmp_path / 'run/latents/0001.csv').read_text()
     assert main(['train', '--resume', '-o', str(tmp_path / 'run'), '--epochs', '2', '--no-analysis']) == 0, capsys.readouterr().err
 
 
