@@ -617,12 +617,19 @@ def encode_particles(
     *,
     epoch: int | None = None,  # whose weights; None = the last
     name: str | None = None,  # of the folder RUN/latents/NAME for other particles; None = the file's name
+    spread: int | None = None,  # also write how far the latents of a tilt series scatter over so many random subsets of its tilts
+    n_tilts: int | None = None,  # images of such a subset; None = as in training, or half of what most particles have
     device: str = "auto",  # auto, cpu, cuda, ...
     **data,
 ) -> None:
     "Write latents as .npz and .csv: of the run's particles, or of others beside them."
-    from recon_nb.encoding import encode_others, encode_own
+    from recon_nb.encoding import encode_others, encode_own, write_spread
     from recon_nb.runs import open_run
+
+    if spread is None and n_tilts is not None:
+        raise UsageError("--n-tilts is the size of the subsets of --spread; give both.")
+    if spread is not None and particles is not None:
+        raise UsageError("--spread is for the run's own particles; leave out the file.")
 
     changes = settle_settings({f"data.{key}": value for key, value in data.items()}, particles="", homogeneous=False)
     if particles is None:
@@ -630,6 +637,8 @@ def encode_particles(
     else:
         path = encode_others(open_run(run), str(Path(particles).absolute()), epoch, name=name, device=device, changes=changes)
     print(f"{path.with_suffix('.npz')} and {path.name}")
+    if spread is not None:
+        print(write_spread(open_run(run), epoch, n_draws=spread, n_tilts=n_tilts, device=device, changes=changes))
 
 # %% ../nbs/90_cli.ipynb #a3c4d091
 def write_volumes(

@@ -2,11 +2,13 @@
 import dataclasses
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 from recon_nb import imaging
+from recon_nb.cli import main
 from recon_nb.core import ConfigError, InputError
 from recon_nb.datasets import ParticleDataset, iterate_batches
 from recon_nb.fourier import Lattice
@@ -15,7 +17,7 @@ from recon_nb.runs import create_run, make_config, presets
 from recon_nb.simulate import make_phantom
 from recon_nb.tiltencoder import poolings
 from recon_nb.tiltsampling import limit_tilts
-from recon_nb.tiltsimulation import TiltScheme, list_dose_symmetric, simulate_tilts
+from recon_nb.tiltsimulation import TiltScheme, list_dose_symmetric, simulate_tilts, write_tilts
 from recon_nb.training import build_run_model, choose_encoded, encode_all, fit, measure_spread, train_run
 
 SMALL = {'model.zdim': 2, 'model.encoder': 'tilt', 'model.encoder_dim': 16, 'model.tilt_features': 12, 'model.decoder_dim': 16, 'model.decoder_layers': 1,
@@ -251,3 +253,17 @@ def test_spread_is_reproducible_and_zero_without_a_choice(series):
     assert not torch.equal(spread, measure_spread(model, dataset, 2, n_draws=4, seed=4))
     torch.testing.assert_close(spread[dataset.counts <= 2], torch.zeros(int((dataset.counts <= 2).sum()), 2), atol=1e-6, rtol=0)
     assert bool((spread[dataset.counts > 4] > 0).all())
+
+
+def test_encode_writes_the_spread_when_asked(tmp_path, capsys):
+    scheme = TiltScheme(list_dose_symmetric(60, 15), 12.0)
+    star = write_tilts(tmp_path / 'series', simulate_tilts(make_phantom('ribosome', 16, seed=0), 14, scheme=scheme, snr=1.0, missing=0.4, seed=0))
+    run = train_run(tmp_path / 'run', make_config(str(star), changes={**SMALL, 'train.n_tilts': 2, 'train.epochs': 1}), device='cpu')
+    assert not main(['encode', str(run.path), '--device', 'cpu', '--spread', '4'])
+    assert '0001_spread.csv' in capsys.readouterr().out
+    table = pd.read_csv(run.path / 'latents/0001_spread.csv')
+    assert list(table.columns) == ['particle', 'n_images', 'spread0', 'spread1'] and len(table) == 14
+    assert table.spread0.isna().equals(table.n_images <= 2) and (table.spread0.dropna() > 0).all()
+    for words in (['--n-tilts', '3'], [str(star), '--spread', '4'], ['--spread', '4', '--n-tilts', '9'], ['--spread', '1']):
+        assert main(['encode', str(run.path), '--device', 'cpu', *words]) == 2
+        assert capsys.readouterr().err.count('\n') == 1
