@@ -14,18 +14,19 @@ Sets are folders SET_BOX below --data. Those that are missing are made, from the
 |---|---|
 | 1 | `recon subspace` without its analysis, three seeds, the first of the first set with the test for heterogeneity; the same with a linear latent; the oracle: one M-step of the method given the true state (nine orthonormal polynomials of it, or indicators of the classes) |
 | 2 | one-dimensional latent, five seeds: Spearman's correlation with the true state, also inside each cluster of Noncontiguous |
-| 3 | `recon train --start subspace`: a 256x3 network for the volumes, by epoch; beside the grid by shell |
+| 3 | `recon train --start subspace --teach-steps 2500`: a 256x3 network that is taught the grid's volumes (epoch 0), then sees images; by epoch, beside the grid by shell. "start_s": CPU seconds until the grid was there |
 | 4 | fitted to a random half of the particles, the other half encoded; and the path along z |
 
 Every fit runs in a fresh process with one thread; "cpu_s" is that process's CPU time from its start to the finished run folder: imports, reading and writing included, scoring
 not. The kernels were compiled before (a first run on a new machine waits for numba once: `warm up` says how long). kNN, class accuracy: as in parity_cryodrgn.py. AUC and dAUC over
 100 particles, each at its own z. With --peer a finished or running run of cryoDRGN on the same set is scored, its volumes at --peer-epochs; --peer-seconds are its CPU seconds for an epoch, as `ps -o time` said.
 
-Results: FOLDER/*.json for each fit as it is done (given --keep, such fits are not repeated), then subspace.csv, subspace_fsc.csv (by shell), subspace_path.csv and subspace_path.png in -o.
+Results: FOLDER/*.json for each fit as it is done (given --keep, such fits are not repeated), then subspace.csv, subspace_fsc.csv (by shell), subspace_fsc.png (network and grid, where tables 1 and 3 are there), subspace_path.csv and subspace_path.png in -o.
 """
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -52,8 +53,8 @@ NAMES = {"s2u": "s2_uniform", "s2c": "s2_cooperative", "s2n": "s2_noncontiguous"
 CLUSTERS = ((0, 17), (18, 32), (33, 49))  # states of s2_noncontiguous
 N_SCORED, N_FEATURES = 100, 9
 NETWORK = {"model.encoder": "subspace", "model.manifold": "network", "model.zdim": 2, "model.decoder": "positional", "model.decoder_dim": 256, "model.decoder_layers": 3,
-           "train.batch_size": 32, "train.learning_rate": 1e-3, "train.schedule": "one-cycle", "train.epochs": 6, "train.pixel_fraction": 0.25,
-           "train.start_radius": 0.5, "train.radius_epochs": 3.0, "train.encode_every": 0}
+           "train.teach_steps": 2500, "train.batch_size": 32, "train.learning_rate": 2e-4, "train.schedule": "one-cycle", "train.epochs": 2, "train.pixel_fraction": 0.25,
+           "train.encode_every": 0}
 Truth = tuple[np.ndarray, list[torch.Tensor], bool]
 
 
@@ -155,9 +156,21 @@ def fit_half(job: dict, config: RunConfig, truth: Truth, folder: Path) -> list[d
     return results
 
 
+class StartClock(logging.Handler):
+    """CPU seconds at the last message of the start."""
+
+    seconds = float("nan")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note the time."""
+        self.seconds = time.process_time()
+
+
 def train_network(job: dict, config: RunConfig, truth: Truth, folder: Path) -> list[dict]:
-    """Train a network on the closed-form latents; return a row for each scored epoch."""
+    """Teach and train a network on the closed-form latents; return a row for each scored epoch, 0 for what was taught."""
     clock: dict[int, float] = {}
+    started = StartClock()
+    logging.getLogger("recon_nb.starts").addHandler(started)
 
     def note(epoch: int, step: int, losses: dict[str, float]) -> None:
         clock.setdefault(0, time.process_time())
@@ -167,10 +180,10 @@ def train_network(job: dict, config: RunConfig, truth: Truth, folder: Path) -> l
     run = train_run(folder / "run", config, stack=stack, device="cpu", on_step=note)
     last, z = config.train.epochs, run.load_latents().mu  # the encoder is fixed: one set of latents for all epochs
     results = []
-    for epoch in sorted({1, (last + 1) // 2, last}):
+    for epoch in sorted({*([0] if config.train.teach_steps else []), 1, (last + 1) // 2, last}):
         model = load_model(run, epoch, device="cpu")
         scores, curves = score_volumes(lambda rows, model=model: model.decode_volumes(z[rows], bf16="auto"), pick_rows(len(z), job["scored"]), truth)
-        results.append({"kind": "network", "zdim": 2, "epoch": epoch, **scores, "cpu_s": clock[epoch], "start_s": clock[0], "curves": curves})
+        results.append({"kind": "network", "zdim": 2, "epoch": epoch, **scores, "cpu_s": clock[epoch], "start_s": started.seconds, "curves": curves})
     results[-1] |= score_latents(z.numpy(), (truth[0][: len(z)], *truth[1:]), name=job["set"])
     return results
 
@@ -203,7 +216,7 @@ def list_jobs(options: argparse.Namespace) -> list[dict]:
         for seed in range(options.seeds + 2 * (options.seeds > 1)):
             add(1 if seed == 0 else 4, name, "curve", seed, {"model.manifold": "curve", "model.zdim": 1, "subspace.test": False})
     if 3 in options.tables and "s2u" in options.sets:
-        add(2, "s2u", "network", 0, NETWORK | json.loads(options.network) | ({"train.epochs": 1} if options.quick else {}))
+        add(2, "s2u", "network", 0, NETWORK | json.loads(options.network) | ({"train.epochs": 1, "train.teach_steps": 20} if options.quick else {}))
     for name in is_motion if 4 in options.tables else []:
         add(1 if name == "s2u" else 5, name, "half", 0, {"model.manifold": "curve", "model.zdim": 1, "subspace.test": False})
     return sorted(jobs, key=lambda job: job["rank"])
@@ -255,6 +268,7 @@ def write_tables(results: list[dict], out: Path) -> pd.DataFrame:
     shells = [{"set": r["set"], "method": r["method"], "epoch": r.get("epoch"), "cycles_per_px": s / r["box"], "fsc": a, "difference_fsc": b}
               for r in results if "curves" in r and r["seed"] == 0 for s, (a, b) in enumerate(zip(r["curves"]["fsc"], r["curves"]["difference_fsc"], strict=True))]
     pd.DataFrame(shells).round(5).to_csv(out / "subspace_fsc.csv", index=False)
+    draw_shells([r for r in results if r["set"] == "s2u" and r["method"] in ("subspace", "network") and "curves" in r and r["seed"] == 0], out / "subspace_fsc.png")
     for r in results:
         if "path" in r and r["set"] == "s2u":
             path = r["path"]
@@ -262,6 +276,27 @@ def write_tables(results: list[dict], out: Path) -> pd.DataFrame:
             pd.DataFrame(columns).round(4).to_csv(out / "subspace_path.csv", index=False)
             draw_path(path, out / "subspace_path.png")
     return table
+
+
+def draw_shells(results: list[dict], out: Path) -> None:
+    """Draw what network and grid know of each shell, if both are there."""
+    import matplotlib.pyplot as plt
+
+    epochs = [r["epoch"] for r in results if r["method"] == "network"]
+    if not epochs or len(epochs) == len(results):
+        return
+    fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, constrained_layout=True)
+    for r in results:
+        if r.get("epoch", 0) in (0, max(epochs)):
+            label = "grid" if r["method"] == "subspace" else "network, taught" if r["epoch"] == 0 else f"network, epoch {r['epoch']}"
+            for ax, name in zip(axes, ("fsc", "difference_fsc"), strict=True):
+                curve = r["curves"][name]
+                ax.plot(np.arange(1, len(curve)) / r["box"], curve[1:], label=label, lw=1.2, ls="-" if r["method"] == "network" else "--")
+    for ax, name in zip(axes, ("volumes", "differences from the mean"), strict=True):
+        ax.set(xlabel="cycles/px", title=name)
+    axes[0].set(ylabel="FSC with the truth", ylim=(0, 1))
+    axes[0].legend(fontsize=8)
+    fig.savefig(out, dpi=80)
 
 
 def draw_path(path: dict, out: Path) -> None:
