@@ -1,6 +1,8 @@
 """Training on tilt series: the numbers of dose and tilt, one decoder call a step, ragged particles under every pooling, and how sure a latent is."""
 import dataclasses
 import math
+import os
+import signal
 
 import pandas as pd
 import pytest
@@ -13,7 +15,7 @@ from recon_nb.core import ConfigError, InputError
 from recon_nb.datasets import ParticleDataset, iterate_batches
 from recon_nb.fourier import Lattice
 from recon_nb.models import build_model
-from recon_nb.runs import create_run, make_config, presets
+from recon_nb.runs import create_run, make_config, presets, read_log
 from recon_nb.simulate import make_phantom
 from recon_nb.tiltencoder import poolings
 from recon_nb.tiltsampling import limit_tilts
@@ -226,6 +228,22 @@ def test_training_goes_on_to_the_bit(series, tmp_path, pooling, sampling):
     model.load_state_dict(whole.load_checkpoint().model)
     for _ in range(2):  # nothing is drawn
         torch.testing.assert_close(encode_all(model, choose_encoded(dataset, whole.config)).mu, whole.load_latents().mu, rtol=1e-4, atol=1e-5)
+
+
+def test_an_epoch_of_random_tilts_is_gone_on_with(series, tmp_path):
+    """Stopped within the second epoch: what is left of it shows the tilts that it would have shown."""
+    changes = {**SMALL, 'model.dose': 'model', 'train.n_tilts': 2, 'train.tilt_sampling': 'random', 'train.epochs': 3}
+
+    def interrupt(epoch, step, _):
+        if (epoch, step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train_run(tmp_path / 'a', make_config(changes=changes), stack=series, device='cpu')
+    stopped = train_run(tmp_path / 'b', make_config(changes=changes), stack=series, device='cpu', on_step=interrupt)
+    assert stopped.checkpoints == [(1, 0), (1, 3)]
+    train_run(stopped.path, stack=series, device='cpu')
+    assert all(torch.equal(t, stopped.load_checkpoint().model[n]) for n, t in whole.load_checkpoint().model.items())
+    assert (read_log(whole)['recon'] == read_log(stopped)['recon']).all()
 
 
 @pytest.mark.parametrize('preset', ['tomodrgn', 'et'])
