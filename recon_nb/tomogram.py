@@ -277,7 +277,8 @@ def add_color_key(
         dots = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in coloring.classes.items()]
         ax.legend(handles=dots, title=coloring.name, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, ncols=1 + len(dots) // 16)
     elif coloring is not None and coloring.limits is not None:
-        ax.figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(*coloring.limits), "viridis"), ax=ax, label=coloring.name, shrink=0.8)
+        unit = {"coord": " (Å)", "angle": " (degrees)", "nearest": " (Å)"}.get(coloring.name.split("_")[0], "")
+        ax.figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(*coloring.limits), "viridis"), ax=ax, label=coloring.name + unit, shrink=0.8)
 
 # %% ../nbs/60_tomogram.ipynb #d55002e6
 def find_in_polygon(
@@ -488,8 +489,8 @@ def make_scene_figure(
     traces += make_particle_traces(particles, coloring or color_particles(particles), kind=kind, length=length)
     axes = {f"{axis}axis": {"title": f"{axis} (Å)", "range": [-0.5 * tomogram.pixel_size, end + 0.5 * tomogram.pixel_size]} for axis, end in zip("xyz", tomogram.extent)}
     legend = {"title": {"text": coloring.name if coloring else ""}, "itemsizing": "constant"}
-    sides = {axis: 1.4 * (end + tomogram.pixel_size) / (max(tomogram.extent) + tomogram.pixel_size) for axis, end in zip("xyz", tomogram.extent)}
-    return go.Figure(traces, {"sliders": sliders, "scene": {**axes, "aspectmode": "manual", "aspectratio": sides}, "legend": legend, "height": 860, "margin": {"l": 10, "r": 10, "t": 20, "b": 260}, "template": "plotly_white"})
+    sides = {axis: 1.3 * (end + tomogram.pixel_size) / (max(tomogram.extent) + tomogram.pixel_size) for axis, end in zip("xyz", tomogram.extent)}
+    return go.Figure(traces, {"sliders": sliders, "scene": {**axes, "aspectmode": "manual", "aspectratio": sides, "camera": {"eye": {"x": 0.35, "y": -1.5, "z": 1.2}}}, "legend": legend, "height": 860, "margin": {"l": 10, "r": 10, "t": 20, "b": 260}, "template": "plotly_white"})
 
 # %% ../nbs/60_tomogram.ipynb #e1c67641
 def find_neighbors(
