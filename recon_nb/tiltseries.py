@@ -765,15 +765,17 @@ def describe_set_origins(
     files: SetFiles,
     numbers: dict[str, np.ndarray],  # label to (P,) values
     scheme: DoseScheme,  # what the user says of the doses
+    visible: Sequence[np.ndarray],  # per particle (T,) bool
 ) -> dict[str, str]:  # what to files and columns
     "Say from which files and columns particles, tilts, doses, angles and places of a set were taken."
     levels = {"rlnTomoSubtomogramRot": "rlnTomoSubtomogramRot/Tilt/Psi", "rlnAngleRot": "rlnAngleRot/Tilt/Psi"}
-    centred = "rlnCenteredCoordinateXAngst" in numbers
+    centred, n_frames = "rlnCenteredCoordinateXAngst" in numbers, sum(map(len, visible))
     return {
         "particle": str(files.particles), "tilt": str(files.tomograms),
         "dose": scheme.origin if scheme.tilts is not None else f"rlnMicrographPreExposure{f' (said to count {scheme.convention} the image)' if scheme.convention else ''}",
         "pose": " and ".join(text for label, text in levels.items() if label in numbers) or "none",
         "coordinates": "rlnCenteredCoordinateX/Y/ZAngst" if centred else "rlnCoordinateX/Y/Z",
+        "visible": f"rlnTomoVisibleFrames: {n_frames - int(sum(flags.sum() for flags in visible))} of {n_frames} frames are hidden",
     }
 
 # %% ../nbs/20b_tiltseries.ipynb #4060870b
@@ -809,7 +811,7 @@ def read_set(
     rows = images.drop(columns="row").assign(**known)
     require_distinct_doses(rows["dose"].to_numpy(), row, lambda image: f"{locate(int(row[image]))}, tilt {frame[image]}")
     return finish_set(rows, numbers, SeriesSet(source, files, row, frame, visible, full), path=path, particles=particles,
-                      pixel_size=pixel_size or found, convention=convention, warnings=warnings, origins=describe_set_origins(files, numbers, scheme))
+                      pixel_size=pixel_size or found, convention=convention, warnings=warnings, origins=describe_set_origins(files, numbers, scheme, visible))
 
 # %% ../nbs/20b_tiltseries.ipynb #37192648
 def finish_set(

@@ -717,6 +717,7 @@ def test_inspect_says_what_came_from_where(written, capsys):
     for word in ('n_particles', 'tilts_per_particle', 'dose_range', 'dose_convention', 'tilt_range', 'dose from', 'particle from'):
         assert word in text, text
     assert ('n_tomograms' in text) == (written.name != 'pyp.star')
+    assert ('8 of 35 frames are hidden' in text) == (written.name == 'run_optimisation_set.star')
 
 
 def test_verbs_take_a_set_and_remember_how_it_was_read(tmp_path, capsys):
