@@ -1,6 +1,6 @@
 """What bf16 does to quality: the same run from the same seed, with bf16 products and without.
 
-    python benchmarks/bf16_quality.py bench/s1_32 bench/s2u_32 -o bench/bf16 [--epochs 9] [--seeds 0] [--set train.start=subspace] [--csv benchmarks/results/bf16_quality.csv]
+    python benchmarks/bf16_quality.py bench/s1_32 bench/s2u_32 -o bench/bf16 [--epochs 9] [--seeds 0] [--set model.encoder=subspace train.teach_steps=2000] [--csv benchmarks/results/bf16_quality.csv]
 
 The data sets are those of make_data.py. Both runs train a VAE of 256x3 networks, Z = 8, batch 8, one cycle of the learning rate up to 5e-4, so that they end settled rather than
 anywhere on a noisy walk: rounding changes every step a little, so two runs of one seed part like two seeds do, and only settled scores compare.
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", type=parse_setting, nargs="+", default=[], metavar="NAME=VALUE", help="further settings, e.g. train.start=subspace")
+    parser.add_argument("--set", type=parse_setting, nargs="+", default=[], metavar="NAME=VALUE", help="further settings, e.g. model.encoder=subspace train.teach_steps=2000")
     parser.add_argument("--csv", type=Path, help="table to write")
     args = parser.parse_args()
     print(f"bf16 units: {supports_bf16('cpu')}")
