@@ -120,7 +120,9 @@ class _Diagonal:
     "A particle's likelihood in the eigenvectors of its G, where the coefficients are independent once the contrast is given."
 
     def __init__(self, statistics: Statistics):
-        values, self.vectors = torch.linalg.eigh(statistics.gram[:, 1:, 1:])
+        gram = statistics.gram[:, 1:, 1:]
+        floor = torch.finfo(gram.dtype).tiny / torch.finfo(gram.dtype).eps  # LAPACK makes NaN of denormal numbers, which directions leave that noise alone did not support
+        values, self.vectors = torch.linalg.eigh(gram * (gram.abs() > floor))
         rotate = lambda x: (x[:, None] @ self.vectors)
         self.values, self.h, self.g = values[:, None].clamp(min=0), rotate(statistics.cross[:, 1:]), rotate(statistics.gram[:, 1:, 0])
         self.overlap, self.power = statistics.cross[:, :1], statistics.gram[:, 0, :1]
