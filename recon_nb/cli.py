@@ -505,18 +505,18 @@ def choose_start(
     resume: bool,  # go on with a run, which has begun somehow
     changes: Mapping[str, Any],  # settings given, by dotted name
 ) -> dict[str, Any]:  # settings to add
-    "Return the encoder that a start means; raise `UsageError` where it contradicts other options."
-    latent = changes.get("model.zdim", 1) != 0
+    "Return the encoder that a start means, and that a subspace teaches the network; raise `UsageError` where it contradicts other options."
+    latent, subspace = changes.get("model.zdim", 1) != 0, {"model.encoder": "subspace", "train.teach_steps": changes.get("train.teach_steps", "auto")}
     if start == "auto":
         fits = latent and not preset and not resume and "model.encoder" not in changes
-        return {"model.encoder": "subspace"} if fits else {}
+        return subspace if fits else {}
     if resume or not latent:
         raise UsageError("--start belongs to a new run with a latent space; leave it out with --resume and --homogeneous.")
     meant = {"subspace": ("subspace",), "none": ("image", "tilt")}[start]
     encoder = changes.get("model.encoder", None if preset and start == "none" else meant[0])
     if encoder is not None and encoder not in meant:
         raise UsageError(f"--start {start} means --encoder {' or '.join(meant)}; leave one of the two out.")
-    return {} if encoder is None else {"model.encoder": encoder}
+    return subspace if encoder == "subspace" else {} if encoder is None else {"model.encoder": encoder}
 
 # %% ../nbs/90_cli.ipynb #f9ce5f0e
 def fit_particles(

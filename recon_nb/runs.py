@@ -174,7 +174,7 @@ class TrainConfig(Section):
     weight_decay: float = 0.0  # L2 penalty of Adam
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate, over all epochs
     warmup_epochs: float = 0.0  # learning rate rises linearly over this many epochs
-    teach_steps: int | Literal["auto"] = 0  # steps on the start's volumes before images are shown, where a subspace starts a positional decoder; auto = as many as cost what an epoch does, at most 2000
+    teach_steps: int | Literal["auto"] = 0  # steps on the start's volumes before images are shown, where a subspace starts a positional decoder; auto = as many as cost what an epoch does, at most 2000 (--start subspace means auto)
     start_radius: float = 1.0  # share of Nyquist with which training begins; 1 = all frequencies from the start
     radius_epochs: float = 1.0  # epochs over which the radius grows from there to Nyquist
     pixel_fraction: float = 1.0  # share of the coefficients that a step looks at, drawn anew every time
