@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=INPUTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=128, help="of encoder and decoder")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--quick", action="store_true", help="48 particles, one epoch, one seed: half a minute")
