@@ -59,6 +59,7 @@ STARTS = {"closed form": {"model.encoder": "subspace", "model.encoder_radius": N
                        "train.teach_steps": 600},
           "nothing": {"train.epochs": 30, "train.radius_epochs": 30.0, "train.encode_every": 5}}
 STARTS["nothing, beta 0.3"] = {**STARTS["nothing"], "model.beta": 0.3}
+QUICK = {"train.epochs": 1, "train.teach_steps": 10, "model.rank": 3, "model.manifold": "linear", "model.zdim": 3}
 SETTINGS = ("tomodrgn", "et")
 SKIPPED = {("et", "nothing, beta 0.3", "41"), *((setting, start, "1") for setting in SETTINGS for start in ("subspace", "nothing, beta 0.3"))}
 
@@ -178,7 +179,7 @@ def run_job(job: dict, stack: ParticleStack) -> list[dict]:
 
 def list_jobs(options: argparse.Namespace) -> list[dict]:
     """Return the fits, those on all tilts first."""
-    settings, jobs = {"train.seed": options.seed, **json.loads(options.changes), **({"train.epochs": 1, "model.rank": 3} if options.quick else {})}, []
+    settings, jobs = {"train.seed": options.seed, **json.loads(options.changes), **(QUICK if options.quick else {})}, []
     for tilts in ("41", "1"):
         for start in options.starts:
             jobs += [{"setting": setting, "start": start, "tilts": tilts, "changes": CHANGES | STARTS[start] | ({"train.n_tilts": 1} if tilts == "1" else {}) | settings} for setting in options.settings if (setting, start, tilts) not in SKIPPED]

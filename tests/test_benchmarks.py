@@ -174,3 +174,44 @@ def test_tilt_classes_are_measured_once(data_dir, tmp_path):
     table = run_benchmark(*options, data=data_dir)
     assert list(zip(table.setting, table.input)) == [("tomodrgn", "images"), ("tomodrgn", "noise"), ("et", "images"), ("et", "noise")]
     pd.testing.assert_frame_equal(table, run_benchmark(*options, data=data_dir))
+
+
+@pytest.fixture(scope="module")
+def toy_s3(data_dir, tmp_path_factory):
+    """Return the folder of an S3 of 40 particles."""
+    folder = tmp_path_factory.mktemp("s3") / "s3"
+    done = run_make_data("--set", "s3", "--n", 40, "-o", folder, data=data_dir)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_quick(name, *options):
+    """Run a benchmark with --quick; return what it wrote to standard output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, root / "benchmarks" / name, "--quick", *map(str, options)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_s3_is_measured(toy_s3, tmp_path):
+    run_quick("bench_s3.py", "--data", toy_s3, "--settings", "et", "-o", tmp_path)
+    table = pd.read_csv(tmp_path / "s3.csv", keep_default_na=False, na_values=[""]).set_index(["setting", "start", "tilts"])
+    fits = table.loc["et"]
+    assert set(fits.index) == {("closed form", 41), ("subspace", 41), ("nothing", 41), ("closed form", 1), ("nothing", 1)}
+    assert fits.accuracy.between(0.25, 1).all() and (fits.cpu_s > 0).all()
+    assert table.loc["told"].differences_area_mean.item() > 0.5 > fits.differences_area_mean.min()
+    assert "differences" not in set(pd.read_csv(tmp_path / "s3_fsc.csv").query("setting == 'one map for all'")["map"])
+    assert (tmp_path / "s3.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_tilt_ablations_are_measured_one_by_one(toy_s3, tmp_path):
+    run_quick("tilt_ablations.py", "--data", toy_s3, "--ablation", "poses", "-o", tmp_path)
+    first = pd.read_csv(tmp_path / "tilt_ablations.csv", dtype={"value": str})
+    assert sorted(zip(first.method, first.value)) == [("network", "0"), ("network", "1"), ("subspace", "0"), ("subspace", "1")]
+    assert first.difference_area[first.method == "subspace"].min() > 0.05
+    run_quick("tilt_ablations.py", "--data", toy_s3, "--ablation", "dose", "-o", tmp_path)
+    both = pd.read_csv(tmp_path / "tilt_ablations.csv", dtype={"value": str})
+    pd.testing.assert_frame_equal(both[both.ablation == "poses"].reset_index(drop=True), first)
+    assert set(both.ablation) == {"poses", "dose"}
