@@ -14,10 +14,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .core import Batch, ConfigError, InputError, NumericalError, TensorRecord, Volume, suggest_names
+from .core import Batch, ConfigError, InputError, NumericalError, TensorRecord, Volume, rank_within, suggest_names
 from .fourier import Lattice
 from .fsc import FSCCurve, compute_fsc
-from .imaging import compute_error_weights, compute_slice_coords, compute_transfer, grid_to_volume, insert_slices, shift_images, symmetrize_grid
+from .imaging import compute_error_weights, compute_slice_coords, compute_transfer, grid_to_volume, insert_slices, settle_dose, shift_images, symmetrize_grid
 
 # %% ../nbs/13b_backprojection.ipynb #d32b64e2
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def add_batch(
     lattice: Lattice,  # of the images
     *,
     pad: int = 2,  # zero-padding factor of the sums
-    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights
+    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights; "auto": the model where they are known
     premultiplied: bool = False,  # the images already carry a factor CTF
     split: str = "particle",  # or "image", see assign_halves
     halves: Tensor | None = None,  # (P,) 1 or 2, see assign_halves
 ) -> None:
     "Add the valid images of a batch to the sums; raise `NumericalError` when an image holds NaN."
     batch, flat = batch.to(lattice.device), batch.to(lattice.device).flatten()
-    m = flat.images.shape[-1]
+    m, dose = flat.images.shape[-1], settle_dose(dose, flat.ctf, flat.tilt)
     particle = batch.particle[flat.row]
     half = assign_halves(particle, torch.nonzero(batch.valid)[:, 1], split=split, halves=halves)
     n_chunk = max(1, 2**17 // m)  # images at a time: keeps the corners of one chunk in the processor's cache
@@ -195,7 +195,7 @@ def backproject(
     lattice: Lattice,  # of the images
     *,
     pad: int = 2,  # zero padding in Fourier interpolation; 1 is faster, smaller and less accurate near the edge of the box
-    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights
+    dose: str = "off",  # "model": dose attenuation and cos(tilt) in the transfer function; "weight": in the weights; "auto": the model where they are known
     premultiplied: bool = False,  # the images already carry a factor CTF
     split: str = "particle",  # or "image", as a check of the input
     halves: Tensor | None = None,  # (P,) RELION's 1 or 2 by particle; even and odd particle index where None
@@ -222,8 +222,4 @@ def choose_lowest_dose(
     "Return the images that have the lowest dose of their particle's; raise `InputError` for less than one."
     if n_tilts < 1:
         raise InputError(f"{n_tilts} tilts of each particle leave nothing; choose 1 or more.")
-    order = torch.argsort(dose, stable=True)
-    order = order[torch.argsort(particle[order], stable=True)]  # by particle, then by dose
-    _, first, count = torch.unique_consecutive(particle[order], return_inverse=True, return_counts=True)
-    rank = torch.arange(len(order), device=order.device) - (torch.cumsum(count, 0) - count)[first]
-    return torch.sort(order[rank < n_tilts]).values
+    return torch.nonzero(rank_within(dose, particle) < n_tilts)[:, 0]

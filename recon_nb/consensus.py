@@ -81,7 +81,6 @@ def backproject_stack(
         raise InputError(f"--first {first}: no particle is left; give 1 or more.")
     stack = stack if first is None else stack.select(stack.particles[:first])
     stack = stack if n_tilts is None else take_lowest_dose(stack, n_tilts)
-    dose = ("off" if stack.tilt is None or stack.ctf is None else "model") if dose == "auto" else dose
     dataset = ParticleDataset(stack)
     batches = tqdm(
         iterate_batches(dataset, batch_size, shuffle=False), total=count_batches(dataset.n_particles, batch_size), desc="backprojection", unit="batch", leave=False, disable=None,

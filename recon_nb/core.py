@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['okabe_ito', 'ReconError', 'InputError', 'MissingStackError', 'ConfigError', 'RunError', 'NumericalError',
            'suggest_names', 'TensorRecord', 'Poses', 'CTFParams', 'TiltInfo', 'FlatImages', 'Batch', 'Volume',
-           'Latents', 'Selection', 'write_atomic', 'make_generator', 'seed_all', 'pick_device', 'get_rank',
-           'get_world_size', 'is_main', 'supports_bf16', 'autocast_bf16', 'keep_freed_memory']
+           'Latents', 'Selection', 'write_atomic', 'make_generator', 'seed_all', 'rank_within', 'pick_device',
+           'get_rank', 'get_world_size', 'is_main', 'supports_bf16', 'autocast_bf16', 'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #8862da45
 import ctypes
@@ -393,6 +393,18 @@ def seed_all(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #ac552863
+def rank_within(
+    key: Tensor,  # (N,) smaller comes first; ties keep the order of the images
+    particle: Tensor,  # (N,) int64, particle of each image
+) -> Tensor:  # (N,) int64, 0 for the first image of its particle
+    "Return the place of every image among the images of its particle."
+    order = torch.argsort(key, stable=True)
+    order = order[torch.argsort(particle[order], stable=True)]
+    counts = torch.unique(particle, return_counts=True)[1]
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device) - first)
 
 # %% ../nbs/00_core.ipynb #d4edaf24
 def pick_device(

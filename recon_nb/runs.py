@@ -150,7 +150,7 @@ class ModelConfig(Section):
     encoder_radius: float | None = None  # Fourier px that the encoder sees; null = all
     rank: int = 8  # directions beside the mean, of the subspace encoder and the lowrank decoder
     manifold: str = "network"  # how their coefficients depend on the latent: network, curve or linear
-    dose: Literal["off", "model", "weight"] = "off"  # where dose and tilt of a tilt series enter: the forward model (cryoDRGN-ET) or the weights of the squared error (tomoDRGN)
+    dose: Literal["auto", "off", "model", "weight"] = "auto"  # where dose and tilt of a tilt series enter: the forward model (cryoDRGN-ET) or the weights of the squared error (tomoDRGN); auto = the model, where they are known
     dose_mask: bool = False  # leave out the coefficients of a tilt series that were recorded beyond their optimal dose (tomoDRGN)
     beta: float | None = None  # weight of the KL term; null = 1 / zdim
     beta_schedule: str = "constant"  # of beta over the whole training
@@ -253,9 +253,9 @@ presets: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"window_radius": 0.85, "window_edge": 0.14},
         "model": {"zdim": 8, "encoder": "image", "encoder_dim": 1024, "encoder_layers": 3, "pooling": "mean", "tilt_features": 128,
                   "decoder_dim": 1024, "decoder_layers": 3, "network": "residual", "decoder": "positional", "encoding": "gaussian", "encoding_scale": 0.5,
-                  "encoder_radius": None, "rank": 8, "manifold": "network", "dose": "off", "dose_mask": False, "beta": None, "beta_schedule": "constant", "beta_per": "image"},
+                  "encoder_radius": None, "rank": 8, "manifold": "network", "dose": "auto", "dose_mask": False, "beta": None, "beta_schedule": "constant", "beta_per": "image"},
         "train": {"epochs": 20, "batch_size": 8, "n_tilts": None, "tilt_sampling": "dose", "optimizer": "adam", "learning_rate": 1e-4, "scale_learning_rate": "none",
-                  "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0, "start_radius": 1.0, "radius_epochs": 1.0, "pixel_fraction": 1.0,
+                  "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0, "teach_steps": 0, "start_radius": 1.0, "radius_epochs": 1.0, "pixel_fraction": 1.0,
                   "pose_learning_rate": 3e-4, "pose_start_epoch": 1},
     },
 }

@@ -20,7 +20,7 @@ from .core import Latents, RunError, is_main, write_atomic
 from .datasets import ParticleDataset, ParticleStack
 from .nulls import HeterogeneityTest, judge_heterogeneity, test_rank
 from .ppca import count_needed
-from .runs import Checkpoint, RunConfig, RunFolder, append_log, collect_log, create_run, record_log, remove_leftovers, update_config, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, append_log, collect_log, create_run, record_log, remove_leftovers, require_free, update_config, write_json, write_particles_csv
 from .starts import SubspaceFit, choose_latent, fit_subspace, load_fit
 from .training import build_run_model, join_team, load_dataset, settle_data, wait_for_team
 
@@ -75,7 +75,7 @@ def write_fit(
     records: Iterable[logging.LogRecord] = (),  # what was said so far
 ) -> None:
     "Make the run folder of a fit, whole or not at all; raise `RunError` where something has come into being there."
-    found = {"model.encoder": "subspace", "model.decoder": "lowrank", "model.manifold": fit.manifold.kind, "model.zdim": fit.manifold.zdim, "train.epochs": 1}
+    found = {"model.encoder": "subspace", "model.decoder": "lowrank", "model.manifold": fit.manifold.kind, "model.zdim": fit.manifold.zdim, "train.epochs": 1, "train.start_radius": 1.0}
     remove_leftovers(path.parent, path.name)
     try:
         with write_atomic(path, replace=False) as temporary:
@@ -96,8 +96,7 @@ def run_subspace(
     "Fit a subspace and leave a run, as `recon subspace` does; raise `RunError` rather than overwrite anything."
     path, settings = Path(path), dataclasses.asdict(config.subspace)
     with join_team(device) as device, collect_log() as records:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} exists and is not an empty folder; choose another name with -o.")
+        require_free(path)
         latent, is_tested = choose_latent(config.model.manifold, config.model.zdim), settings.pop("test")
         dataset = load_dataset(config, stack=stack)
         options: dict[str, Any] = {"dose": config.model.dose, "device": device}

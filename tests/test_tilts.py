@@ -117,7 +117,7 @@ def test_damage_enters_once(series, dose, monkeypatch):
     monkeypatch.setattr(imaging, 'compute_damage', compute)
     lattice, prepared = prepare(series, dose, dose_mask=False)
     assert len(calls) == (0 if dose == 'off' else 1)
-    torch.testing.assert_close(prepared.transfer, plain.transfer * (0.25 if dose == 'model' else 1.0))
+    torch.testing.assert_close(prepared.transfer, plain.transfer * (0.25 if dose in ('auto', 'model') else 1.0))
     assert prepared.weights is None if dose != 'weight' else bool((prepared.weights == 0.25).all())
 
 
