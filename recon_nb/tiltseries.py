@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SERIES_NUMBERS', 'SERIES_TEXTS', 'SET_TEXTS', 'SET_NUMBERS', 'SET_COLUMNS', 'rank_in_time', 'require_distinct_doses',
-           'find_dose_convention', 'find_tilt_axes', 'sign_tilts', 'DoseScheme', 'parse_dose_scheme', 'match_tilts',
-           'take_off_exposure', 'settle_doses', 'name_particles', 'is_series', 'name_tomograms', 'read_tilt_angles',
-           'find_binning_hint', 'describe_origins', 'arrange_series', 'make_tilt_rotations', 'find_tilt_angles',
-           'TiltSeries', 'read_tilt_rotations', 'read_tilt_series', 'find_file', 'read_tomograms', 'settle_series',
-           'read_visible_frames', 'read_angles', 'read_positions', 'expand_tomogram', 'find_full_stacks', 'SetFiles',
-           'name_set_files', 'SeriesSet', 'find_set_files', 'read_set_columns', 'compose_images',
-           'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates', 'list_labels', 'is_set',
-           'join_coordinates', 'read_table']
+           'find_dose_convention', 'find_tilt_axes', 'sign_tilts', 'DoseScheme', 'read_dose_table', 'parse_dose_scheme',
+           'match_tilts', 'take_off_exposure', 'settle_doses', 'name_particles', 'is_series', 'name_tomograms',
+           'require_below_vertical', 'read_tilt_angles', 'find_binning_hint', 'describe_origins', 'arrange_series',
+           'make_tilt_rotations', 'find_tilt_angles', 'TiltSeries', 'read_tilt_rotations', 'read_tilt_series',
+           'find_file', 'read_tomograms', 'settle_series', 'read_visible_frames', 'read_angles', 'read_positions',
+           'expand_tomogram', 'find_full_stacks', 'SetFiles', 'name_set_files', 'SeriesSet', 'find_set_files',
+           'read_set_columns', 'compose_images', 'describe_set_origins', 'read_set', 'finish_set', 'read_coordinates',
+           'list_labels', 'is_set', 'join_coordinates', 'read_table']
 
 # %% ../nbs/20b_tiltseries.ipynb #8115202c
 import logging
@@ -105,6 +105,31 @@ class DoseScheme:
     origin: str = "--dose-scheme"  # for error messages
 
 # %% ../nbs/20b_tiltseries.ipynb #380d74d4
+def read_dose_table(
+    path: str,  # .csv
+) -> "pandas.DataFrame":  # dose (e/Å², before the image) and what identifies a tilt
+    "Read the doses of tilts; raise `InputError` naming the row where one is no dose, no angle, or there twice."
+    import pandas
+
+    try:
+        tilts = pandas.read_csv(path, skipinitialspace=True, dtype={"tomogram": str, "micrograph": str})
+    except ValueError as error:  # what pandas raises for empty, binary and ragged files
+        raise InputError(f"{path}: not a table of comma-separated values ({' '.join(str(error).split())}); expected the columns dose and micrograph, frame or tilt_angle.") from None
+    keys = [c for c in ("micrograph", "frame", "tilt_angle") if c in tilts]
+    if "dose" not in tilts or len(keys) != 1 or not len(tilts):
+        raise InputError(f"{path}: {len(tilts)} rows of {', '.join(tilts.columns)}; expected dose, one of micrograph, frame and tilt_angle, and perhaps tomogram.")
+    for name in ("dose", "tilt_angle"):
+        values = pandas.to_numeric(tilts.get(name, 0 * tilts.index), errors="coerce").to_numpy(np.float64)
+        wrong = ~np.isfinite(values) | (values < 0 if name == "dose" else np.abs(values) > 90)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(f"{path} row {row}: {name} is '{tilts[name].iloc[row]}', expected {'e/Å² from 0 on' if name == 'dose' else 'degrees, -90 to 90'}; correct or remove that row.")
+    again = tilts.duplicated([c for c in ("tomogram", *keys) if c in tilts])
+    if again.any():
+        raise InputError(f"{path} row {int(np.argmax(again))}: the tilt of {keys[0]} {tilts[keys[0]][again].iloc[0]} stands there a second time; remove one of the two.")
+    return tilts
+
+# %% ../nbs/20b_tiltseries.ipynb #797119f2
 def parse_dose_scheme(
     text: str,  # before, after, DOSE:ANGLE,ANGLE,... or a .csv
 ) -> DoseScheme:
@@ -124,11 +149,7 @@ def parse_dose_scheme(
         raise InputError(f"--dose-scheme {text}: expected before, after, DOSE:ANGLE,ANGLE,... in the order of acquisition, or a .csv.")
     if not Path(text).is_file():
         raise InputError(f"{text}: no such file (--dose-scheme).")
-    tilts = pandas.read_csv(text, skipinitialspace=True)
-    keys = [c for c in ("micrograph", "frame", "tilt_angle") if c in tilts]
-    if "dose" not in tilts or len(keys) != 1 or not np.isfinite(tilts["dose"].to_numpy(np.float64)).all():
-        raise InputError(f"{text}: columns {', '.join(tilts.columns)}; expected dose (a number in every row), one of micrograph, frame and tilt_angle, and perhaps tomogram.")
-    return DoseScheme("before", tilts, text)
+    return DoseScheme("before", read_dose_table(text), text)
 
 # %% ../nbs/20b_tiltseries.ipynb #672ce1ee
 def match_tilts(
@@ -243,6 +264,17 @@ def name_tomograms(
     return None
 
 # %% ../nbs/20b_tiltseries.ipynb #80fd624c
+def require_below_vertical(
+    angle: np.ndarray,  # (N,) degrees
+    label: str,  # of the column
+    locate: Callable[[int], str],  # row to its place in the file
+) -> None:
+    "Raise `InputError` for a tilt beyond 90 degrees, whose cosine would turn the contrast over."
+    if (np.abs(angle) > 90).any():
+        row = int(np.argmax(np.abs(angle) > 90))
+        raise InputError(f"{locate(row)}: {label} is {angle[row]:g}; expected degrees, -90 to 90. Correct that row.")
+
+# %% ../nbs/20b_tiltseries.ipynb #9fcbc0d6
 def read_tilt_angles(
     table: ParticleTable,  # of N images, as read
     numbers: dict[str, np.ndarray],  # label to (N,) values
@@ -252,6 +284,7 @@ def read_tilt_angles(
     "Return signed tilt angles; raise `InputError` where the file has neither angles nor cosines."
     locate, path = table.source.table.locate, table.path
     if "rlnTomoNominalStageTiltAngle" in numbers:
+        require_below_vertical(numbers["rlnTomoNominalStageTiltAngle"], "rlnTomoNominalStageTiltAngle", locate)
         return numbers["rlnTomoNominalStageTiltAngle"], []
     if "rlnCtfScalefactor" not in numbers:
         raise InputError(f"{path}: no tilt angles (rlnCtfScalefactor, the cosine, or rlnTomoNominalStageTiltAngle); add one of these columns.")
@@ -420,6 +453,10 @@ def read_tilt_series(
         raise InputError(f"{block.path}: data_{block.name} has no {', '.join(absent)}; estimate the CTF of the tilt series first.")
     rot, pixel_size = read_tilt_rotations(block), read_entry("rlnTomoTiltSeriesPixelSize")
     angle = read_column("rlnTomoYTilt")
+    if angle is not None:
+        require_below_vertical(angle, "rlnTomoYTilt", block.locate)
+    if pixel_size <= 0:
+        raise InputError(f"{where}: rlnTomoTiltSeriesPixelSize is {pixel_size:g}; expected Å, above 0. Correct that row.")
     names = block.read_columns(["rlnMicrographName"])["rlnMicrographName"] if "rlnMicrographName" in block.columns else ()
     return TiltSeries(
         entry["rlnTomoName"], rot, find_tilt_angles(rot) if angle is None else angle, read_column("rlnMicrographPreExposure"), ctf,
@@ -852,9 +889,9 @@ def read_coordinates(
     "Read particles in their tomograms; raise `InputError` where there are no 3-D coordinates or no names."
     import pandas
 
-    blocks = [block for block in read_star_blocks(path) if "rlnCoordinateZ" in block.columns]
-    if not blocks:
-        raise InputError(f"{path}: no rlnCoordinateX/Y/Z; --coordinates wants the star file of the subvolumes.")
+    blocks = [block for block in read_star_blocks(path) if {f"rlnCoordinate{axis}" for axis in "XYZ"} <= set(block.columns)]
+    if not blocks or not len(blocks[0]):
+        raise InputError(f"{path}: {'no particles with' if blocks else 'no'} rlnCoordinateX/Y/Z; --coordinates wants the star file of the subvolumes.")
     block, texts = blocks[0], blocks[0].read_columns(blocks[0].columns)
     labels = ("rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ", "rlnOriginX", "rlnOriginY", "rlnOriginZ", "rlnOriginXAngst", "rlnOriginYAngst",
               "rlnOriginZAngst", "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnImagePixelSize", "rlnDetectorPixelSize", "rlnMagnification", "rlnPixelSize")
