@@ -97,6 +97,10 @@ class SubspaceEncoder(nn.Module):
                 raise ConfigError(f"{name} has shape {tuple(value.shape)}; an encoder of box {self.box} and rank {self.rank} expects {tuple(own.shape)}.")
             own.copy_(value)
 
+    def join_halves(self) -> None:
+        "From now on see every particle through the mean of both bases, as is right for particles that were in neither half."
+        self.half_bases.copy_(self.half_bases.mean(0, keepdim=True).expand_as(self.half_bases))
+
     def train_network(self) -> None:
         "Let gradients change the manifold."
         self.manifold.requires_grad_(True)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from .core import ConfigError, InputError, Latents, RunError, write_atomic
 from .datasets import ParticleDataset, StackSource
+from .encoders import SubspaceEncoder
 from .runs import DataConfig, RunConfig, RunFolder, config_to_dict, require_same_files, save_arrays, update_config, write_json
 from .training import choose_encoded, encode_all, load_dataset, load_model, load_pose_table, measure_spread, settle_data
 
@@ -85,6 +86,8 @@ def choose_subset(
     most, trained = int(dataset.counts.max()), config.train.n_tilts
     if n_tilts is None:
         n_tilts = trained if trained is not None and trained < most else max(1, int(dataset.counts.median()) // 2)
+    if n_tilts < 1:
+        raise ConfigError(f"A subset needs one image at least; found --n-tilts {n_tilts}.")
     if n_tilts >= most:
         raise ConfigError(f"No particle has more than {most} images: subsets of {n_tilts} do not differ. Choose fewer --n-tilts" + (", or leave out --spread." if most > 1 else "; single particles have no spread."))
     return n_tilts
@@ -159,7 +162,11 @@ def encode_others(
     if path.exists() or Path(name).name != name or name.endswith(".npz"):
         raise RunError(f"{path} {'exists already' if path.exists() else 'is no place for latents'}; choose another --name.")
     dataset, config = load_others(run, particles, changes)
-    latents = encode_all(load_model(run, epoch, device=device), choose_encoded(dataset, run.config))
+    model = load_model(run, epoch, device=device)
+    is_own = Path(config.data.particles).absolute() == Path(run.config.data.particles)
+    if isinstance(getattr(model, "encoder", None), SubspaceEncoder) and not is_own:
+        model.encoder.join_halves()  # numbers in another file say nothing of the run's halves
+    latents = encode_all(model, choose_encoded(dataset, run.config))
     save_arrays(path.with_suffix(".npz"), mu=latents.mu, logvar=latents.logvar, particle=latents.particle)
     write_json(path.with_suffix(".json"), {"epoch": epoch, "n_particles": len(latents), "data": config_to_dict(config.data)})
     return write_latents_csv(path, latents)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Chunk', 'compute_whitening', 'make_chunk', 'stream_chunks', 'compute_statistics', 'average_spectrum', 'measure_power',
            'measure_noise', 'sum_moments', 'find_frame', 'change_basis', 'make_flat_ridge', 'make_wiener_ridge',
-           'find_support', 'mask_basis', 'Subspace', 'solve_subspace', 'plan_radii', 'count_needed', 'run_em',
-           'solve_halves', 'fit_ppca', 'collect_statistics', 'refit_subspace']
+           'find_support', 'mask_basis', 'Subspace', 'solve_subspace', 'plan_radii', 'count_needed',
+           'require_particles', 'run_em', 'solve_halves', 'fit_ppca', 'collect_statistics', 'refit_subspace']
 
 # %% ../nbs/34_ppca.ipynb #058e5d34
 import logging
@@ -305,6 +305,18 @@ def count_needed(
     return 4 * (rank + 1)
 
 # %% ../nbs/34_ppca.ipynb #ebb5029b
+def require_particles(
+    particle: Tensor,  # (P,) int64, numbers of the particles
+    rank: int,  # R
+) -> None:
+    "Raise `ConfigError` where a subspace would rest on too few particles, in all or in one of its halves."
+    n, n_odd = len(particle), int((particle % 2).sum())
+    if n < count_needed(rank):
+        raise ConfigError(f"A subspace of rank {rank} needs at least {count_needed(rank)} particles; found {n}. Choose a smaller --rank.")
+    if min(n_odd, n - n_odd) < max(rank + 1, n // 5):
+        raise ConfigError(f"Even and odd particles make a basis each, and of the {n} particles {n_odd} are odd: too unequal. Write the selected ones to a file of their own (recon downsample --select), where they are numbered anew.")
+
+# %% ../nbs/34_ppca.ipynb #7a8c87fa
 def run_em(
     dataset: ParticleDataset,  # P particles, with poses
     rank: int,  # R
@@ -318,8 +330,7 @@ def run_em(
 ) -> tuple[list[Moments], Tensor, Tensor]:  # moments of the halves in the last pass, (2, K, K) their coefficients', (S,) noise
     "Run EM passes; the same on one process and on many, up to rounding."
     box, device, K = dataset.lattice.box, options.get("device", "cpu"), rank + 1
-    if dataset.n_particles < count_needed(rank):
-        raise ConfigError(f"A subspace of rank {rank} needs at least {count_needed(rank)} particles; found {dataset.n_particles}. Choose a smaller --rank.")
+    require_particles(dataset.particles, rank)
     start = torch.randn(dataset.n_particles, rank, generator=make_generator(seed, "subspace")).to(device)
     noise, bases = measure_power(dataset), None
 

@@ -299,6 +299,13 @@ def test_the_verbs_go_on_from_a_subspace(fitted, star, tmp_path, capsys):
     assert call(capsys, 'encode', fitted, star, '--select', tmp_path / 'three.json', '--name', 'three', '--device', 'cpu')[0] == 0
     other = pd.read_csv(fitted / 'latents/three/0001.csv')
     np.testing.assert_allclose(other['z0'], own.mu[[4, 7, 300], 0], atol=0.02)  # the same half's basis, the same posterior
+    mixed = spoil(star, tmp_path / 'mixed', rows=range(300, -1, -1))
+    assert call(capsys, 'encode', fitted, mixed, '--name', 'mixed', '--device', 'cpu')[0] == 0
+    for name, rows in (('odd', range(299, -1, -2)), ('even', range(300, -1, -2))):
+        assert call(capsys, 'encode', fitted, spoil(star, tmp_path / name, rows=rows), '--name', name, '--device', 'cpu')[0] == 0
+    every, odd, even = (pd.read_csv(fitted / f'latents/{name}/0001.csv')['z0'].to_numpy() for name in ('mixed', 'odd', 'even'))
+    np.testing.assert_allclose(every[1::2], odd, atol=1e-4)  # in another file the number of a particle means nothing
+    np.testing.assert_allclose(every[0::2], even, atol=1e-4)
     assert call(capsys, 'volumes', fitted, '-o', tmp_path / 'v', '--particles', 4, 7, 4)[0] == 0
     first, again = (read_volume(tmp_path / f'v/vol_{i:03d}.mrc') for i in (0, 2))
     assert first.box == 16 and bool((first.data == again.data).all())
@@ -311,7 +318,8 @@ def test_the_verbs_go_on_from_a_subspace(fitted, star, tmp_path, capsys):
     page = (fitted / 'analysis/0001/report.html').read_text()
     assert 'nats per particle' in page and len(list((fitted / 'analysis/0001/kmeans').glob('*.mrc'))) == 3
     shutil.rmtree(fitted / 'analysis')
-    shutil.rmtree(fitted / 'latents/three')
+    for name in ('three', 'mixed', 'odd', 'even'):
+        shutil.rmtree(fitted / 'latents' / name)
 
 
 @pytest.mark.slow
