@@ -100,6 +100,8 @@ def run_subspace(
         latent, is_tested = choose_latent(config.model.manifold, config.model.zdim), settings.pop("test")
         dataset = load_dataset(config, stack=stack)
         options: dict[str, Any] = {"dose": config.model.dose, "device": device}
+        if config.model.dose == "weight":
+            logging.getLogger("recon_nb.subspace").warning("dose=weight belongs to the loss of a network; the closed form leaves dose and tilt out. Use --dose model.")
         if is_tested and dataset.n_particles < count_needed(test_rank):
             logging.getLogger("recon_nb.subspace").warning("%d particles are too few to ask whether they differ (%d at least); not tested", dataset.n_particles, count_needed(test_rank))
             is_tested = False

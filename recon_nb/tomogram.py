@@ -139,16 +139,18 @@ def choose_tomogram(
     "Return the particles of one tomogram; raise `InputError`, listing the names, where it is not clear which."
     table = check_particles(particles)
     names = sorted(table.tomogram.unique())
+    stem = lambda text: re.sub(r"\.(tomostar|mrc|mrcs|rec|star|xml|st)$", "", Path(text).name)
     if name is None and len(names) == 1:
         name = names[0]
+    elif name is not None and name not in names:
+        name = next((known for known in names if stem(known) == name), name)
     if name is None and path is not None:
-        stem = lambda text: re.sub(r"\.(tomostar|mrc|mrcs|rec|star|xml|st)$", "", Path(text).name)
         fits = [known for known in names if re.search(rf"(?<![A-Za-z0-9]){re.escape(stem(known))}(?![A-Za-z0-9])", stem(path))]
         name = max(fits, key=len) if fits and all(stem(known) in stem(max(fits, key=len)) for known in fits) else None
     if name is None or name not in names:
         listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         what = f'There is no tomogram "{name}".' + suggest_names(name, names) if name is not None else f"It is not clear which tomogram {path or 'is meant'} is."
-        raise InputError(f"{what} The particles come from {listed}; say which.")
+        raise InputError(f"{what} The particles come from {listed}; say which with --name.")
     return table[table.tomogram == name].reset_index(drop=True)
 
 # %% ../nbs/60_tomogram.ipynb #8940381f

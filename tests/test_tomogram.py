@@ -379,6 +379,7 @@ def test_names_of_tomograms():
         choose_tomogram(particles, path='TS_011.mrc')
     warp = particles.assign(tomogram=particles.tomogram.map({n: f'{i}.tomostar' for i, n in enumerate(tomogram_names)}))
     assert set(choose_tomogram(warp, path='2.mrc').tomogram) == {'2.tomostar'}
+    assert set(choose_tomogram(warp, name='2').tomogram) == {'2.tomostar'}
 
 
 @pytest.mark.parametrize('axis,array_axis', [('z', 0), ('y', 1), ('x', 2)])
