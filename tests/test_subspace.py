@@ -363,7 +363,10 @@ def test_two_processes_are_taught_as_one(star, tmp_path):
     one, two = (load_model(open_run(tmp_path / name), 0, device='cpu') for name in ('one', 'two'))
     z = open_run(tmp_path / 'one').load_latents(0).mu[::50]
     ours, theirs = one.decode_volumes(z), two.decode_volumes(z)
-    assert float((ours - theirs).norm() / ours.norm()) < 0.05  # the sums of the fit differ in their last bits
+    finish(start(*words, '--seed', 1, '-o', tmp_path / 'other'))
+    other = load_model(open_run(tmp_path / 'other'), 0, device='cpu').decode_volumes(z)
+    apart, by_seed = (float((ours - volumes).norm() / ours.norm()) for volumes in (theirs, other))
+    assert apart < 0.7 * by_seed, (apart, by_seed)  # sums in another order differ in their last bits, which sixty steps of Adam may let grow
 
 
 def test_starts_that_cannot_be(star, tmp_path, capsys):
