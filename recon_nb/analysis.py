@@ -8,7 +8,8 @@ __all__ = ['Decode', 'fact_names', 'write_volume_set', 'save_montages', 'find_la
            'save_figures', 'write_cluster_volumes', 'render_pictures', 'write_path', 'write_component_volumes',
            'write_map', 'collect_warnings', 'inspect_run', 'make_data_section', 'make_settings_section', 'plot_log',
            'make_training_section', 'make_subspace_section', 'choose_epoch', 'bind_decoder', 'analyze_run',
-           'clear_optional', 'format_command', 'export_volumes', 'require_new_folder', 'export_traversal']
+           'add_to_report', 'clear_optional', 'format_command', 'export_volumes', 'require_new_folder',
+           'export_traversal']
 
 # %% ../nbs/50b_analysis.ipynb #7235238a
 import json
@@ -527,10 +528,20 @@ def analyze_run(
     sections += [make_data_section(run, facts), make_settings_section(run, format_command(run, epoch, {**chosen, **options})), make_training_section(folder, run, epoch)]
     if (run.path / "subspace.json").exists():
         sections.append(make_subspace_section(folder, run))
-    for section in sections:
+    return add_to_report(run, *sections, epoch=epoch)
+
+# %% ../nbs/50b_analysis.ipynb #0553df91
+def add_to_report(
+    run: RunFolder,
+    *sections: Section,
+    epoch: int | None = None,  # whose report; None for the latest that can be analysed
+) -> Path:  # report.html
+    "Put sections into the report of an epoch, in place of earlier ones of the same titles."
+    epoch = choose_epoch(run, epoch)
+    folder = run.analysis_dir(epoch)
+    files = Section("Files", render_text(f"In the folder of this report, analysis/{folder.name}:") + render_files(folder), order=900)
+    for section in (*sections, files, Section("Versions", render_facts(describe_versions()), order=950)):
         save_section(folder, section)
-    save_section(folder, Section("Files", render_text(f"In the folder of this report, analysis/{folder.name}:") + render_files(folder), order=900))
-    save_section(folder, Section("Versions", render_facts(describe_versions()), order=950))
     return assemble_report(folder, f"{run.path.resolve().name}, epoch {epoch}")
 
 # %% ../nbs/50b_analysis.ipynb #8df8e375

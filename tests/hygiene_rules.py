@@ -20,7 +20,7 @@ LAYERS = [
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['ppca']],
     [['runs'], ['training'], ['abinit', 'subspace']],
-    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram']],
+    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram'], ['confirm', 'agreement']],
     [['cli']],
 ]
 
