@@ -527,6 +527,7 @@ def fit_particles(
     linear: bool = False,  # no manifold: the coefficients themselves are the latent
     analysis: bool = True,  # do not analyse at the end
     kmeans: int = 20,  # clusters of that analysis
+    umap: bool = True,  # leave the UMAP embedding, most of the time of a small run, out of that analysis
     flip_hand: bool = False,  # mirror the volumes of that analysis along z
     device: str = "auto",  # auto, cpu, cuda, cuda:1, ...
     **fitting,
@@ -551,7 +552,7 @@ def fit_particles(
     run = run_subspace(out, make_config(changes.pop("data.particles"), changes=changes), device=device)
     if is_main():
         print(describe_subspace(run))
-        finish_training(run, analysis=analysis, kmeans=kmeans, flip_hand=flip_hand, device=device)
+        finish_training(run, analysis=analysis, kmeans=kmeans, umap=umap, flip_hand=flip_hand, device=device)
 
 # %% ../nbs/90_cli.ipynb #61f1fe73
 def train_model(
@@ -564,6 +565,7 @@ def train_model(
     resume: bool = False,  # go on with the run where it stopped
     analysis: bool = True,  # do not analyse the last epoch at the end
     kmeans: int = 20,  # clusters of that analysis
+    umap: bool = True,  # leave the UMAP embedding out of that analysis
     flip_hand: bool = False,  # mirror the volumes of that analysis along z
     device: str = "auto",  # auto, cpu, cuda, cuda:1, ...
     **settings,
@@ -590,7 +592,7 @@ def train_model(
     else:
         run = train_run(out, make_config(changes.pop("data.particles"), preset=preset, changes=changes), device=device, on_step=started)
     if is_main():
-        finish_training(run, analysis=analysis, kmeans=kmeans, flip_hand=flip_hand, device=device)
+        finish_training(run, analysis=analysis, kmeans=kmeans, umap=umap, flip_hand=flip_hand, device=device)
 
 # %% ../nbs/90_cli.ipynb #cdf3f107
 def finish_training(
@@ -608,6 +610,7 @@ def finish_training(
         return
     print(f"epoch {done} of {epochs}: {run.path}")
     if analysis:
+        print("analysing: clusters, embedding, volumes (--no-analysis leaves it out)", flush=True)
         print(f"report: {analyze_run(run, done, **options)}")
 
 # %% ../nbs/90_cli.ipynb #b6650915
