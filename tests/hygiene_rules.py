@@ -19,7 +19,7 @@ LAYERS = [
     [['files'], ['datasets'], ['simulate']],
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['ppca']],
-    [['runs'], ['training'], ['abinit', 'subspace']],
+    [['runs'], ['training'], ['search'], ['abinit', 'subspace']],
     [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram'], ['confirm', 'agreement']],
     [['cli']],
 ]
