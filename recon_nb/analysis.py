@@ -8,8 +8,8 @@ __all__ = ['Decode', 'fact_names', 'write_volume_set', 'save_montages', 'find_la
            'save_figures', 'write_cluster_volumes', 'render_pictures', 'write_path', 'write_component_volumes',
            'write_map', 'collect_warnings', 'inspect_run', 'make_data_section', 'make_settings_section', 'plot_log',
            'make_training_section', 'make_subspace_section', 'choose_epoch', 'bind_decoder', 'analyze_run',
-           'add_to_report', 'clear_optional', 'format_command', 'export_volumes', 'require_new_folder',
-           'export_traversal']
+           'add_to_report', 'clear_optional', 'format_command', 'export_volumes', 'require_new_folder', 'read_anchors',
+           'read_csv', 'export_traversal']
 
 # %% ../nbs/50b_analysis.ipynb #7235238a
 import json
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
-from .core import InputError, Latents, ReconError, RunError, Volume, okabe_ito, write_atomic
+from .core import InputError, Latents, ReconError, RunError, Volume, okabe_ito, suggest_names, write_atomic
 from .datasets import inspect_stack, load_stack
 from .files import write_volume
 from recon_nb.latent import (
@@ -38,6 +38,7 @@ from recon_nb.latent import (
     build_neighbor_graph,
     cluster_kmeans,
     count_support,
+    find_support_floor,
     generate_volumes,
     make_montage,
     mark_points,
@@ -48,6 +49,7 @@ from recon_nb.latent import (
     plot_histogram,
     plot_montage,
     plot_points,
+    plot_support,
     run_pca,
     run_umap,
     summarize_clusters,
@@ -166,10 +168,10 @@ def tabulate_points(
     rows: np.ndarray | None = None,  # (N,) rows of the latents that they are; None for free points
     *,
     radius: float | None = None,  # latent units, of the support; the mean neighbour distance where absent
-) -> pd.DataFrame:  # columns particle, support, z0, ...
+) -> pd.DataFrame:  # columns particle, support, poor_support, z0, ...
     "Tabulate points with particle (-1 for a free point) and support."
-    particle = np.full(len(z), -1) if rows is None else latents.particle.cpu().numpy()[rows]
-    table = pd.DataFrame({"particle": particle, "support": count_support(latents, z, radius)})
+    particle, support = np.full(len(z), -1) if rows is None else latents.particle.cpu().numpy()[rows], count_support(latents, z, radius)
+    table = pd.DataFrame({"particle": particle, "support": support, "poor_support": support <= find_support_floor(latents, radius)})
     return pd.concat([table, pd.DataFrame(z, columns=[f"z{i}" for i in range(z.shape[1])])], axis=1)
 
 # %% ../nbs/50b_analysis.ipynb #a41fb050
@@ -283,7 +285,7 @@ def write_cluster_volumes(
     labels, centers = tabulate_clusters(analysis)
     names = [f"z{i}" for i in range(analysis.zdim)]
     pictures = write_volume_set(
-        folder / "kmeans", decode(centers[names].to_numpy()), centers[["cluster", "particle", "support", *names]],
+        folder / "kmeans", decode(centers[names].to_numpy()), centers[["cluster", "particle", "support", "poor_support", *names]],
         extra={"labels.csv": labels, "centers.csv": centers},
     )
     text = render_text(f"One volume at the on-data centre of each of {len(centers)} k-means clusters, in one gray scale; neighbours in number are neighbours in latent space.")
@@ -308,12 +310,16 @@ def write_path(
     *,
     latents: Latents,  # (P, Z) that the path's rows refer to
 ) -> str:  # HTML
-    "Write the volumes along a path into a folder and return their pictures, with a remark on support."
+    "Write the volumes along a path into a folder, with its support drawn, and return the pictures with a remark on support."
     pictures = write_volume_set(folder, decode(path.z), path.tabulate(name_rows(latents)))
-    empty = int((path.support == 0).sum())
-    remark = f"{len(path)} volumes; particles within the mean neighbour distance: {', '.join(map(str, path.support))}."
-    warning = [f"At {empty} of {len(path)} points no particle is near: the decoder extrapolates there."] if empty else []
-    return render_text(remark) + (render_warnings(warning) if warning else "") + render_pictures(pictures)
+    empty, poor = int((path.support == 0).sum()), int(path.poor_support.sum())
+    warnings = [f"At {empty} of {len(path)} points no particle is near: the decoder extrapolates there."] if empty else []
+    if poor > empty:
+        warnings.append(f"Support is poor at {poor} of {len(path)} points: no more particles are near ({path.floor}) than the loneliest 5 % of the particles have.")
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    plot_support(path, ax=figure.subplots())
+    drawn = {"support.png": (figure, "Support along the path; the dotted line is the bound of poor support.")}
+    return (render_warnings(warnings) if warnings else "") + save_figures(Path(folder), drawn) + render_pictures(pictures)
 
 # %% ../nbs/50b_analysis.ipynb #48b42c5d
 def write_component_volumes(
@@ -616,11 +622,44 @@ def require_new_folder(
     return path
 
 # %% ../nbs/50b_analysis.ipynb #a6f87e3c
+def read_anchors(
+    anchors: Sequence[int | str],  # particles; names of `names`; or NAME=PARTICLE
+    names: Path | str | None = None,  # csv with a column particle, and a column name or another in front
+) -> tuple[list[int], list[str]]:  # particles; what the user calls them
+    "Return the particles that anchors mean; raise `InputError` for a word that means none."
+    known = {}
+    if names is not None:
+        table = read_csv(names)
+        others = [column for column in table.columns if column != "particle"]
+        if len(others) == len(table.columns) or not others:
+            raise InputError(f"{names} names no anchors: expected a column particle and one with names; found {', '.join(table.columns)}.")
+        known = dict(zip(table["name" if "name" in others else others[0]].astype(str), table["particle"].astype(int)))
+    particles, labels = [], []
+    for word in map(str, anchors):
+        label, _, number = word.rpartition("=")
+        if word not in known and not number.isdecimal():
+            raise InputError(f'"{word}" is no anchor: give a particle, NAME=PARTICLE, or a name in a table (--names).' + (suggest_names(word, known) if known else ""))
+        particles.append(known[word] if word in known else int(number))
+        labels.append(label or word)
+    return particles, labels
+
+# %% ../nbs/50b_analysis.ipynb #bef61279
+def read_csv(
+    path: Path | str,
+) -> pd.DataFrame:
+    "Read a table with a header; raise `InputError` naming the file where that cannot be."
+    try:
+        return pd.read_csv(path, comment="#", skipinitialspace=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a table ({error}).") from error
+
+# %% ../nbs/50b_analysis.ipynb #628d7269
 def export_traversal(
     run: RunFolder | Path | str,
     out: Path | str,  # folder to make
-    anchors: Sequence[int],  # particles to visit in order
+    anchors: Sequence[int | str],  # particles to visit in order, by number, NAME=PARTICLE, or name in the table `names`
     *,
+    names: Path | str | None = None,  # csv with a column particle, and a column name or another in front
     epoch: int | None = None,  # None for the latest
     mean_neighbors: float = 5.0,  # of the neighbour graph
     max_neighbors: int = 10,  # of the neighbour graph
@@ -632,8 +671,8 @@ def export_traversal(
     epoch = choose_epoch(run, epoch)
     if run.config.model.zdim == 0:
         raise InputError(f"{run.path} is homogeneous: there is no latent space to walk through.")
-    latents = run.load_latents(epoch)
-    path = traverse_graph(latents, find_latent_rows(latents, anchors), mean_neighbors=mean_neighbors, max_neighbors=max_neighbors)
+    latents, (particles, labels) = run.load_latents(epoch), read_anchors(anchors, names)
+    path = traverse_graph(latents, find_latent_rows(latents, particles), labels=labels, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors)
     decode, _ = bind_decoder(run, epoch, device=device, **options)
     write_path(require_new_folder(out), path, decode, latents=latents)
     return Path(out)

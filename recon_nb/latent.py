@@ -6,9 +6,10 @@
 __all__ = ['to_points', 'name_rows', 'choose_colors', 'PCAResult', 'run_pca', 'plot_explained_variance', 'run_umap',
            'find_nearest_rows', 'Clusters', 'sort_centers', 'make_clusters', 'cluster_kmeans', 'cluster_gmm',
            'summarize_clusters', 'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'count_support',
-           'Traversal', 'traverse_pc', 'traverse_graph', 'explain_gap', 'compute_knn_correlation', 'LabelAgreement',
-           'compute_label_accuracy', 'plot_points', 'plot_density', 'plot_histogram', 'mark_points', 'finish_volume',
-           'decode_points', 'generate_volumes', 'make_montage', 'plot_montage']
+           'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'explain_gap', 'plot_support',
+           'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy', 'plot_points', 'plot_density',
+           'plot_histogram', 'mark_points', 'finish_volume', 'decode_points', 'generate_volumes', 'make_montage',
+           'plot_montage']
 
 # %% ../nbs/50_latent.ipynb #c6253c21
 from collections.abc import Iterable, Iterator, Sequence
@@ -333,6 +334,19 @@ def count_support(
         radius = build_neighbor_graph(cloud).mean_distance if len(cloud) > 1 else 0.0
     return cKDTree(cloud).query_ball_point(to_points(points), radius * (1 + 1e-9), return_length=True).astype(np.int64)
 
+# %% ../nbs/50_latent.ipynb #a91bda47
+def find_support_floor(
+    z: Latents | Tensor | np.ndarray,  # (P, Z)
+    radius: float | None = None,  # latent units; the mean neighbour distance of z where absent
+    *,
+    percentile: float = 5.0,  # of the particles' own support
+    max_points: int = 20_000,  # particles asked, evenly chosen
+) -> int:  # at least 1
+    "Return the largest support that counts as poor: what the loneliest particles of the cloud have themselves."
+    cloud = to_points(z)
+    asked = np.unique(np.linspace(0, len(cloud) - 1, min(len(cloud), max_points)).astype(int))
+    return max(1, int(np.percentile(count_support(cloud, cloud[asked], radius), percentile)))
+
 # %% ../nbs/50_latent.ipynb #74747340
 @dataclass(frozen=True)
 class Traversal:
@@ -343,17 +357,26 @@ class Traversal:
     row: np.ndarray  # (N,) int64, row of the particle at the point; -1 between particles
     support: np.ndarray  # (N,) int64, particles within the mean neighbour distance
     is_anchor: np.ndarray  # (N,) bool, True at the points that the user named
+    floor: int = 1  # particles, the largest support that counts as poor
+    anchor: tuple[str, ...] = ()  # N names of the anchors, '' between them; empty where there are none
 
     def __len__(self) -> int:
         return len(self.z)
 
+    @property
+    def poor_support(self) -> np.ndarray:  # (N,) bool
+        "Where no more particles are near than the loneliest ones of the cloud have."
+        return self.support <= self.floor
+
     def tabulate(
         self,
         particle: np.ndarray | None = None,  # (P,) particle of every row; the rows themselves where absent
-    ) -> pd.DataFrame:  # columns point, particle, is_anchor, support, z0, z1, ...
+    ) -> pd.DataFrame:  # columns point, particle, is_anchor, anchor (where there are names), support, poor_support, z0, z1, ...
         "Return the path as a table; `particle` is -1 between particles."
         known = self.row if particle is None else np.where(self.row >= 0, np.asarray(particle)[self.row], -1)
-        table = pd.DataFrame({"point": np.arange(len(self)), "particle": known, "is_anchor": self.is_anchor, "support": self.support})
+        table = pd.DataFrame({"point": np.arange(len(self)), "particle": known, "is_anchor": self.is_anchor, "support": self.support, "poor_support": self.poor_support})
+        if self.anchor:
+            table.insert(3, "anchor", list(self.anchor))
         return pd.concat([table, pd.DataFrame(self.z, columns=[f"z{i}" for i in range(self.z.shape[1])])], axis=1)
 
 # %% ../nbs/50_latent.ipynb #e8c8b52f
@@ -375,27 +398,29 @@ def traverse_pc(
     path = pca.mean + np.linspace(low, high, n_points)[:, None] * pca.components[component]
     row = find_nearest_rows(points, path) if on_data else np.full(n_points, -1)
     path = points[row] if on_data else path
-    return Traversal(f"pc{component + 1}", path, row, count_support(points, path, radius), np.zeros(n_points, dtype=bool))
+    return Traversal(f"pc{component + 1}", path, row, count_support(points, path, radius), np.zeros(n_points, dtype=bool), find_support_floor(points, radius))
 
 # %% ../nbs/50_latent.ipynb #bd3b52cd
 def traverse_graph(
     z: Latents | Tensor | np.ndarray,  # (P, Z)
     anchors: Sequence[int],  # rows of z, in the order to visit; at least two
     *,
+    labels: Sequence[str] | None = None,  # names of the anchors; their particles where absent
     mean_neighbors: float = 5.0,  # of the neighbour graph
     max_neighbors: int = 10,  # of the neighbour graph
 ) -> Traversal:
     "Return the shortest path through the neighbour graph that visits the anchors in order; raise `InputError` where there is none."
-    points = to_points(z)
-    names = name_rows(z)
-    anchors = [int(a) for a in anchors]
+    points, names, anchors = to_points(z), name_rows(z), [int(a) for a in anchors]
     outside = [a for a in anchors if not 0 <= a < len(points)]
     if len(anchors) < 2 or outside:
         what = f"anchor {outside[0]} is not one of the rows 0 to {len(points) - 1}" if outside else f"found {len(anchors)}"
         raise InputError(f"A graph traversal needs two or more anchors among the particles: {what}.")
+    labels = [str(names[a]) for a in anchors] if labels is None else [str(label) for label in labels]
+    if len(labels) != len(anchors) or "" in labels:
+        raise InputError(f"Every anchor needs a name, or none has one; found {len(anchors)} anchors and the names {', '.join(labels)}.")
     graph = build_neighbor_graph(points, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors)
-    rows, flags = [anchors[0]], [True]
-    for start, end in zip(anchors[:-1], anchors[1:]):
+    rows, named = [anchors[0]], [labels[0]]
+    for start, end, label in zip(anchors[:-1], anchors[1:], labels[1:]):
         came_from = dijkstra(graph.matrix, directed=False, indices=start, return_predecessors=True)[1]
         if came_from[end] < 0 and start != end:
             raise InputError(explain_gap(points, graph, (start, end), names=names))
@@ -403,9 +428,9 @@ def traverse_graph(
         while leg[-1] != start:
             leg.append(int(came_from[leg[-1]]))
         rows += leg[-2::-1]
-        flags += [False] * (len(leg) - 2) + [True] * (len(leg) > 1)
-    row = np.array(rows, dtype=np.int64)
-    return Traversal("graph", points[row], row, count_support(points, points[row], graph.mean_distance), np.array(flags))
+        named += [""] * (len(leg) - 2) + [label] * (len(leg) > 1)
+    row, radius = np.array(rows, dtype=np.int64), graph.mean_distance
+    return Traversal("graph", points[row], row, count_support(points, points[row], radius), np.array(named) != "", find_support_floor(points, radius), tuple(named))
 
 # %% ../nbs/50_latent.ipynb #cb410de2
 def explain_gap(
@@ -425,6 +450,24 @@ def explain_gap(
         if wider[start] == wider[end]:
             return text + f" With an average of {more} neighbours they connect; or choose anchors within one component."
     return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, or choose anchors within one component."
+
+# %% ../nbs/50_latent.ipynb #f9c12078
+def plot_support(
+    path: Traversal,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    "Draw the support along a path, poor points in another colour."
+    ax = plt.subplots()[1] if ax is None else ax
+    number, poor = np.arange(len(path)), path.poor_support
+    ax.bar(number, path.support, color=np.where(poor, okabe_ito[3], okabe_ito[0]))
+    ax.plot(number[path.support == 0], np.zeros((path.support == 0).sum()), "x", color=okabe_ito[3], clip_on=False)
+    ax.axhline(path.floor + 0.5, color="black", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="point of the path", ylabel="particles within the\nmean neighbour distance", ylim=(0, 1.25 * max(path.support.max(), path.floor + 1)))
+    ax.set_title(f"{poor.sum()} of {len(path)} points poorly supported ({path.floor} or fewer)", fontsize=9)
+    for point in np.flatnonzero(path.is_anchor) if path.anchor else ():
+        ax.annotate(path.anchor[point], (point, path.support[point]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+    return ax
 
 # %% ../nbs/50_latent.ipynb #324fb275
 def compute_knn_correlation(
