@@ -461,9 +461,11 @@ def plot_support(
     ax = plt.subplots()[1] if ax is None else ax
     number, poor = np.arange(len(path)), path.poor_support
     ax.bar(number, path.support, color=np.where(poor, okabe_ito[3], okabe_ito[0]))
-    ax.plot(number[path.support == 0], np.zeros((path.support == 0).sum()), "x", color=okabe_ito[3], clip_on=False)
+    for point in number[path.support == 0]:
+        ax.annotate("×", (point, 0), xytext=(0, 1), textcoords="offset points", ha="center", color=okabe_ito[3], fontsize=8)
     ax.axhline(path.floor + 0.5, color="black", linewidth=0.8, linestyle=":")
     ax.set(xlabel="point of the path", ylabel="particles within the\nmean neighbour distance", ylim=(0, 1.25 * max(path.support.max(), path.floor + 1)))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{poor.sum()} of {len(path)} points poorly supported ({path.floor} or fewer)", fontsize=9)
     for point in np.flatnonzero(path.is_anchor) if path.anchor else ():
         ax.annotate(path.anchor[point], (point, path.support[point]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
