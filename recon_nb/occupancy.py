@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .core import InputError, NumericalError, Volume, suggest_names
-from .simulate import Atoms, read_atoms, simulate_density
+from .simulate import Atoms, join_atoms, read_atoms, simulate_density
 from .volumes import check_same_grid, correlate_volumes, flip_hand
 
 # %% ../nbs/53_occupancy.ipynb #c19f0b0c
@@ -126,9 +126,9 @@ def measure_ratios(
     densities: Tensor,  # (S, D, D, D)
     masks: Tensor,  # (S, D, D, D) 0 to 1
 ) -> np.ndarray:  # (V, S)
-    "Return the sum of each map in each mask over that of the subunit's density; O(voxels in masks) a map."
+    "Return the sum of each map in each mask over the sum of the subunit's density; O(voxels in masks) a map."
     voxel = [mask.flatten().nonzero()[:, 0] for mask in masks]
-    weight = torch.cat([mask.flatten()[v].double() / (density.flatten().double() @ mask.flatten().double()) for mask, density, v in zip(masks, densities, voxel)])
+    weight = torch.cat([mask.flatten()[v].double() / (density.double().sum()) for mask, density, v in zip(masks, densities, voxel)])
     owner = torch.repeat_interleave(torch.arange(len(masks)), torch.tensor([len(v) for v in voxel]))
     voxels = torch.cat(voxel)
     rows = []
@@ -389,13 +389,13 @@ def check_model_fit(
     here, mirrored = correlate_volumes(volume, model), correlate_volumes(flip_hand(volume), model)
     if mirrored > max(here + 0.1, least):
         raise InputError(f"The model fits the mirror image of the maps (correlation {mirrored:.2f}) and not the maps ({here:.2f}): they have the other hand. Give --flip-hand.")
-    a, b = (torch.fft.rfftn(v.data - v.data.mean()) for v in (volume, model))
-    places = torch.fft.irfftn(a * b.conj(), s=volume.data.shape) / (a.abs().square().sum() * b.abs().square().sum()).sqrt()
-    places = places / places[0, 0, 0] * here if here > 0 and float(places[0, 0, 0]) > 0 else places
+    a, b = (v.data.float() - v.data.mean() for v in (volume, model))
+    places = torch.fft.irfftn(torch.fft.rfftn(a) * torch.fft.rfftn(b).conj(), s=a.shape) / (a.norm() * b.norm()).clamp(min=1e-30)
     best, step = float(places.max()), np.array(np.unravel_index(int(places.argmax()), places.shape)[::-1])
     step = (step + volume.box // 2) % volume.box - volume.box // 2
     if here < least:
         moved = ", ".join(f"{s * volume.pixel_size:.0f}" for s in step)
-        hint = f" Moved by ({moved}) Å (x, y, z) it would fit better ({best:.2f})." if here > 0 and best > here + 0.15 else " If the contrast is inverted, give --invert." if here < -least else ""
+        hint = f" Moved by ({moved}) Å (x, y, z) it would fit better ({best:.2f})." if best > max(here + 0.15, least) else ""
+        hint = " The contrast seems to be inverted: give --invert." if here < -least else hint
         raise InputError(f"The model does not fit the maps (correlation {here:.2f}).{hint} Fit it into one of the volumes and save it relative to that volume.")
     return here
