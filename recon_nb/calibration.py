@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL_SD', 'SPREAD_STRENGTH', 'Levels', 'measure_shrinkage', 'update_levels', 'weigh_hypotheses', 'settle_levels',
-           'Calibration', 'calibrate_occupancies', 'score_presence', 'tabulate_reliability', 'plot_reliability']
+           'Calibration', 'calibrate_occupancies', 'apply_calibration', 'score_presence', 'tabulate_reliability',
+           'plot_reliability']
 
 # %% ../nbs/53a_calibration.ipynb #e4acad1c
 from dataclasses import dataclass, replace
@@ -151,6 +152,24 @@ def calibrate_occupancies(
     hypotheses = weigh_hypotheses(levels, values)
     probability, levels = hypotheses[2] + hypotheses[1] * levels.weigh(values), settle_levels(levels, values, hypotheses)
     return Calibration(fit.names, probability, values, levels, hypotheses, scale)
+
+# %% ../nbs/53a_calibration.ipynb #e2e4a7b3
+def apply_calibration(
+    calibration: Calibration,
+    fit: OccupancyFit,  # of other maps of the same S subunits
+    *,
+    n_rounds: int = 10,  # of refining the scale
+) -> np.ndarray:  # (V, S) probability of presence
+    "Turn amounts of other maps into probabilities by levels that are known."
+    if fit.names != calibration.names:
+        raise InputError("The maps were fitted with other subunits than the calibration knows.")
+    levels, weight, scale = calibration.levels, 1 / (fit.error**2 + 0.1**2), fit.scale.copy()
+    weigh = lambda values: calibration.hypotheses[2] + calibration.hypotheses[1] * levels.weigh(values)
+    for _ in range(n_rounds):
+        trusted = weight * weigh(fit.amount / scale[:, None]) * levels.present
+        found = (trusted * fit.amount).sum(1) / np.maximum((trusted * levels.present).sum(1), 1e-12)
+        scale = np.where(found > 0.2 * fit.scale, found, fit.scale)
+    return weigh(fit.amount / scale[:, None])
 
 # %% ../nbs/53a_calibration.ipynb #f5aab949
 def score_presence(
