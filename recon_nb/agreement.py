@@ -113,16 +113,19 @@ def read_star_column(
 # %% ../nbs/56_agreement.ipynb #dc5c74b5
 def name_particles(
     run: RunFolder,
-) -> pd.Series:  # (P,) particle, index: its name in the run's file
+) -> pd.Series:  # particle, index: names of particles (tilt series) and of images in the run's file
     "Return what the particles of a run are called in star files; raise `InputError` where the run was made in memory."
     data = run.config.data
     if not data.particles:
         raise InputError(f"{run.path} was made from images in memory, which have no names; give the labels as a csv with a column particle.")
     table = load_stack(data.particles, require_images=False, **choose_reading(data)).table
+    names, rows = [], table.rows
     if table.particles is not None and "particle_name" in table.particles:
-        return pd.Series(table.particles.index.to_numpy(), index=pd.Index(table.particles["particle_name"]))
-    rows = table.rows
-    return pd.Series(rows["particle"].to_numpy() if "particle" in rows else np.arange(len(rows)), index=list_image_names(rows["stack"], rows["slice"]))
+        names.append(pd.Series(table.particles.index.to_numpy(), index=pd.Index(table.particles["particle_name"])))
+    if {"stack", "slice"} <= set(rows):
+        particle = rows["particle"].to_numpy() if "particle" in rows else np.arange(len(rows))
+        names.append(pd.Series(particle, index=list_image_names(rows["stack"], rows["slice"])))
+    return pd.concat(names)
 
 # %% ../nbs/56_agreement.ipynb #d80e9930
 def read_labels(
@@ -142,7 +145,10 @@ def read_labels(
         if not len(found):
             raise InputError(f"{path} and the particles of {run.path} have no image in common: the first ones are {labels.index[0]} and {known.index[0]}.")
         series = pd.Series(labels[found].to_numpy(), index=known[found].to_numpy())
-        series = series[~series.index.duplicated()] if known.index.has_duplicates else series
+        several = series.groupby(level=0).nunique(dropna=False)
+        if (several > 1).any():
+            raise InputError(f"{path} gives the images of particle {several.idxmax()} {several.max()} different labels; name a column that says the same of all images of a particle.")
+        series = series[~series.index.duplicated()]
     else:
         table = read_csv(path)
         others = [name for name in table.columns if name != "particle"]
