@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_tree', 'order_leaves', 'cut_distinct', 'merge_alike', 'OccupancyClasses', 'average_groups', 'find_groups',
-           'classify_maps', 'plot_clustermap', 'compute_cooccupancy', 'tabulate_order', 'plot_cooccupancy',
-           'plot_profiles']
+           'find_centers', 'classify_maps', 'plot_clustermap', 'compute_cooccupancy', 'tabulate_order',
+           'plot_cooccupancy', 'plot_profiles']
 
 # %% ../nbs/53b_blocks.ipynb #f6d98eb2
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ class OccupancyClasses:
     map_tree: np.ndarray  # (V - 1, 4) Ward's tree of the maps
     subunit_tree: np.ndarray  # (S - 1, 4) of the subunits
     profiles: np.ndarray  # (C, B) mean presence of each block in each class
-    center: np.ndarray  # (C,) int64, the map nearest to its class's mean profile
+    center: np.ndarray  # (C,) int64, the map in the middle of each class
     share: np.ndarray  # (C,) fraction of the particles
 
     @property
@@ -130,11 +130,25 @@ def find_groups(
         top.append(top[a])
     return np.unique(labels, return_inverse=True)[1].astype(np.int64), tree
 
+# %% ../nbs/53b_blocks.ipynb #9bd3e6c7
+def find_centers(
+    points: np.ndarray,  # (V, Z)
+    labels: np.ndarray,  # (V,) int64, 0 to C - 1
+    weights: np.ndarray,  # (V,)
+) -> np.ndarray:  # (C,) int64, a row of each class
+    "Return the member of each class that is nearest to its weighted mean."
+    centers = []
+    for members in (np.flatnonzero(labels == c) for c in range(labels.max() + 1)):
+        mean = np.average(points[members], axis=0, weights=weights[members] + 1e-12)
+        centers.append(members[((points[members] - mean) ** 2).sum(1).argmin()])
+    return np.array(centers)
+
 # %% ../nbs/53b_blocks.ipynb #9dc1e120
 def classify_maps(
     presence: np.ndarray,  # (V, S) 0 to 1
     *,
     weights: np.ndarray | None = None,  # (V,) particles that each map stands for; all alike where None
+    positions: np.ndarray | None = None,  # (V, Z) latent points of the maps; the middle of a class is sought there where given
     n_classes: int | None = None,  # None: as many as differ in a block
     n_blocks: int | None = None,  # None: as many as differ in more than one map out of twenty
     step: float = 0.5,  # difference of presence that counts as one
@@ -154,8 +168,7 @@ def classify_maps(
     least = [means[labels == c].mean(0) @ size for c in range(labels.max() + 1)]
     labels = np.argsort(np.argsort(least, kind="stable"))[labels]
     profiles = np.stack([np.average(means[labels == c], axis=0, weights=weights[labels == c] + 1e-12) for c in range(labels.max() + 1)])
-    distance = ((means - profiles[labels]) ** 2 * size).sum(1)
-    center = np.array([np.flatnonzero(labels == c)[distance[labels == c].argmin()] for c in range(len(profiles))])
+    center = find_centers(means * np.sqrt(size) if positions is None else positions, labels, weights)
     share = np.bincount(labels, weights) / weights.sum()
     return OccupancyClasses(labels, blocks, build_tree(presence), subunit_tree, profiles, center, share)
 

@@ -126,7 +126,7 @@ def occupy_latents(
     fit, ratios = placed.measure(decode(centers))
     calibration, published = calibrate_occupancies(fit), normalize_ratios(ratios)
     presence = calibration.probability if method == "fit" else published
-    classes = classify_maps(presence, weights=clusters.sizes, n_classes=n_classes, n_blocks=n_blocks)
+    classes = classify_maps(presence, weights=clusters.sizes, positions=centers, n_classes=n_classes, n_blocks=n_blocks)
     labels, each = classes.labels[clusters.labels], None
     if all_particles:
         fit, raw = placed.measure(decode(points))
@@ -257,7 +257,7 @@ def write_scenes(
     n_volumes: int = 3,  # of each class
     cartoons: bool = True,
 ) -> pd.DataFrame:  # columns class, volume, file
-    "Write volumes/class_CC_N.mrc and a ChimeraX script a class, and one of the whole model by block."
+    "Write volumes/class_CC_N.mrc, volumes.csv, a ChimeraX script a class, and one of the whole model by block."
     classes, presence = found.classes, found.calibration.probability
     specs = list_specs(models, groups, found.calibration.names)
     join = lambda chosen: [s for i in np.flatnonzero(chosen) for s in specs[found.calibration.names[i]]]
@@ -278,7 +278,9 @@ def write_scenes(
             rows.append((number, int(row), name))
         title = f"Class {number}: {int((found.particles['class'] == number).sum())} particles, {int((classes.labels == number).sum())} volumes; hidden subunits are absent"
         write_text(folder / f"class_{number:02d}.cxc", format_scene(title, names, blocks=blocks, hidden=join(~there), volumes=shown, cartoons=cartoons))
-    return pd.DataFrame(rows, columns=["class", "volume", "file"])
+    table = pd.DataFrame(rows, columns=["class", "volume", "file"])
+    table.to_csv(folder / "volumes.csv", index=False)
+    return table
 
 # %% ../nbs/53c_occupancyrun.ipynb #03e6a9f0
 def write_text(
@@ -358,17 +360,16 @@ def measure_run(
     box = choose_box(data["box"], data["pixel_size"], resolution) if "box" in data else None
     decode, _ = bind_decoder(run, epoch, device=device, box=box, invert=invert, flip_hand=flip_hand)
     found, placed = occupy_latents(latents, decode, subunits, k=k, all_particles=all_particles, method=method, resolution=resolution, n_classes=n_classes, n_blocks=n_blocks, seed=seed)
-    settings = {"model": model, "groups": groups, "k": k, "all_particles": all_particles, "method": method, "resolution": resolution, "epoch": epoch, "seed": seed, "invert": invert, "flip_hand": flip_hand}
+    chosen = {"model": model, "groups": groups, "k": k, "all_particles": all_particles, "method": method, "resolution": resolution, "epoch": epoch, "seed": seed, "invert": invert, "flip_hand": flip_hand}
     tables, folder = tabulate_occupancy(found, latents), run.path / "occupancy"
     with write_atomic(folder) as temporary:
         temporary.mkdir()
         for name, table in tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False, float_format="%.5g")
         points = to_points(latents)[found.clusters.center_row]
-        written = write_scenes(temporary, found, placed, points=points, decode=decode, models=model, groups=groups, n_volumes=n_volumes, cartoons=has_residues(subunits))
-        written.to_csv(temporary / "volumes.csv", index=False)
+        write_scenes(temporary, found, placed, points=points, decode=decode, models=model, groups=groups, n_volumes=n_volumes, cartoons=has_residues(subunits))
         pictures = save_figures(temporary, draw_occupancy(found, latents))
-        write_json(temporary / "settings.json", {**settings, "correlation": placed.correlation, "shrinkage": found.calibration.levels.shrinkage, "noise": placed.noise})
+        write_json(temporary / "settings.json", {**chosen, "correlation": placed.correlation, "shrinkage": found.calibration.levels.shrinkage, "noise": placed.noise})
     write_class_selections(run, found.particles, found.classes.n_classes)
     add_to_report(run, make_occupancy_section(found, tables, pictures, f"Model and mean volume correlate at {placed.correlation:.2f}."), epoch=epoch)
     return folder
