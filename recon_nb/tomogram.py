@@ -10,7 +10,7 @@ __all__ = ['particle_columns', 'matrix_columns', 'check_particles', 'compute_ori
            'plot_neighbor_distances', 'plot_neighbor_directions', 'count_classes', 'plot_composition',
            'write_context_page', 'draw_context', 'write_context', 'compute_placements', 'format_matrix',
            'format_map_commands', 'plan_scenes', 'write_scene', 'format_copies', 'place_volumes', 'read_run_particles',
-           'require_placed', 'assign_volumes', 'place_run']
+           'require_placed', 'assign_volumes', 'tabulate_placed', 'place_run']
 
 # %% ../nbs/60_tomogram.ipynb #60bb8b3c
 import html
@@ -32,11 +32,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
-from .analysis import bind_decoder, choose_epoch, find_latent_rows, require_new_folder
-from .core import ConfigError, InputError, okabe_ito, suggest_names, write_atomic
+from .analysis import bind_decoder, choose_epoch, find_latent_rows, require_new_folder, tabulate_points
+from .core import ConfigError, InputError, Latents, okabe_ito, suggest_names, write_atomic
 from .datasets import load_stack
 from .files import ParticleTable, read_mrc_header, write_volume
-from .latent import choose_colors, cluster_kmeans, to_points
+from .latent import choose_colors, cluster_kmeans, find_nearest_rows, to_points
 from .runs import RunFolder, choose_reading, open_run
 from .so3 import euler_to_matrix, plot_view_directions
 
@@ -853,6 +853,18 @@ def assign_volumes(
     return table.assign(cluster=clusters.labels[rows]), "cluster", dict(enumerate(z[clusters.center_row]))
 
 # %% ../nbs/60_tomogram.ipynb #c0dab2f2
+def tabulate_placed(
+    latents: Latents,  # (P, Z)
+    volumes: Mapping[Hashable, Path],  # name to file
+    points: Mapping[Hashable, np.ndarray],  # name to (Z,), where its volume was decoded
+) -> pd.DataFrame:  # one row a volume: volume, particle, support, poor_support, z0, ...
+    "Return which particle each volume was decoded at and how many particles support it."
+    z = np.stack([points[key] for key in volumes])
+    table = tabulate_points(latents, z, find_nearest_rows(latents, z))
+    table.insert(0, "volume", [path.name for path in volumes.values()])
+    return table
+
+# %% ../nbs/60_tomogram.ipynb #f98c5a80
 def place_run(
     run: RunFolder | Path | str,
     out: Path | str,  # folder to make: scenes, placements.csv, volumes/
@@ -887,4 +899,6 @@ def place_run(
     volumes = {key: Path(out) / "volumes" / f"{name}.mrc" for key, name in zip(keys, names)}
     for key, volume in zip(keys, decode(None if points[keys[0]] is None else np.stack([points[key] for key in keys]))):
         write_volume(volumes[key], volume)
+    if points[keys[0]] is not None:
+        tabulate_placed(run.load_latents(epoch), volumes, points).to_csv(Path(out) / "volumes" / "volumes.csv", index=False)
     return place_volumes(table, volumes, out, by=by, color=color, tomograms=shown, level=level)

@@ -202,7 +202,8 @@ def test_a_run_places_the_volume_of_each_particle(trained, tmp_path, monkeypatch
     assert shared.volume.nunique() == 3 and len(shared) == 40
     assert sum(map(len, list_scene(tmp_path / 'clusters', monkeypatch).values())) == 40
     few = place_run(open_run(trained / 'run'), tmp_path / 'few', particles=particles, chosen=[3, 5], device='cpu')
-    assert sorted(few.particle) == [3, 5] and len(list((tmp_path / 'few/volumes').iterdir())) == 2
+    assert sorted(few.particle) == [3, 5] and len(list((tmp_path / 'few/volumes').glob('*.mrc'))) == 2
+    assert sorted(pd.read_csv(tmp_path / 'few/volumes/volumes.csv').particle) == [3, 5]
     with pytest.raises(InputError, match='mirrored'):
         place_run(trained / 'run', tmp_path / 'bad', particles=particles, flip_hand=True)
     with pytest.raises(InputError, match='Particle 99 has no latents'):
