@@ -316,6 +316,9 @@ def write_path(
     warnings = [f"At {empty} of {len(path)} points no particle is near: the decoder extrapolates there."] if empty else []
     if poor > empty:
         warnings.append(f"Support is poor at {poor} of {len(path)} points: no more particles are near ({path.floor}) than the loneliest 5 % of the particles have.")
+    n_jumps = 0 if path.jump is None else int(path.jump.sum())
+    if n_jumps:
+        warnings.append(f"The path jumps {n_jumps} times over a gap: the data hold no particles in between, and the volumes on its two sides are no evidence of a way from one to the other.")
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     plot_support(path, ax=figure.subplots())
     drawn = {"support.png": (figure, "Support along the path; the dotted line is the bound of poor support.")}
@@ -663,6 +666,7 @@ def export_traversal(
     epoch: int | None = None,  # None for the latest
     mean_neighbors: float = 5.0,  # of the neighbour graph
     max_neighbors: int = 10,  # of the neighbour graph
+    bridge: bool = False,  # jump over gaps, where the two sides are nearest, instead of an error
     device: str = "auto",  # where to decode
     **options: object,  # of `generate_volumes`: box px, low_pass Å, invert, flip_hand
 ) -> Path:  # the folder
@@ -672,7 +676,7 @@ def export_traversal(
     if run.config.model.zdim == 0:
         raise InputError(f"{run.path} is homogeneous: there is no latent space to walk through.")
     latents, (particles, labels) = run.load_latents(epoch), read_anchors(anchors, names)
-    path = traverse_graph(latents, find_latent_rows(latents, particles), labels=labels, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors)
+    path = traverse_graph(latents, find_latent_rows(latents, particles), labels=labels, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors, bridge=bridge)
     decode, _ = bind_decoder(run, epoch, device=device, **options)
     write_path(require_new_folder(out), path, decode, latents=latents)
     return Path(out)

@@ -6,10 +6,10 @@
 __all__ = ['to_points', 'name_rows', 'choose_colors', 'PCAResult', 'run_pca', 'plot_explained_variance', 'run_umap',
            'find_nearest_rows', 'Clusters', 'sort_centers', 'make_clusters', 'cluster_kmeans', 'cluster_gmm',
            'summarize_clusters', 'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'count_support',
-           'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'explain_gap', 'plot_support',
-           'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy', 'plot_points', 'plot_density',
-           'plot_histogram', 'mark_points', 'finish_volume', 'decode_points', 'generate_volumes', 'make_montage',
-           'plot_montage']
+           'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'bridge_gap', 'explain_gap',
+           'plot_support', 'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy', 'plot_points',
+           'plot_density', 'plot_histogram', 'mark_points', 'finish_volume', 'decode_points', 'generate_volumes',
+           'make_montage', 'plot_montage']
 
 # %% ../nbs/50_latent.ipynb #c6253c21
 from collections.abc import Iterable, Iterator, Sequence
@@ -359,6 +359,7 @@ class Traversal:
     is_anchor: np.ndarray  # (N,) bool, True at the points that the user named
     floor: int = 1  # particles, the largest support that counts as poor
     anchor: tuple[str, ...] = ()  # N names of the anchors, '' between them; empty where there are none
+    jump: np.ndarray | None = None  # (N,) bool, True where the step to the point is longer than neighbours are apart; None where there is no such length
 
     def __len__(self) -> int:
         return len(self.z)
@@ -371,12 +372,14 @@ class Traversal:
     def tabulate(
         self,
         particle: np.ndarray | None = None,  # (P,) particle of every row; the rows themselves where absent
-    ) -> pd.DataFrame:  # columns point, particle, is_anchor, anchor (where there are names), support, poor_support, z0, z1, ...
+    ) -> pd.DataFrame:  # columns point, particle, is_anchor, anchor (of a graph), support, poor_support, jump (of a graph), z0, z1, ...
         "Return the path as a table; `particle` is -1 between particles."
         known = self.row if particle is None else np.where(self.row >= 0, np.asarray(particle)[self.row], -1)
         table = pd.DataFrame({"point": np.arange(len(self)), "particle": known, "is_anchor": self.is_anchor, "support": self.support, "poor_support": self.poor_support})
         if self.anchor:
             table.insert(3, "anchor", list(self.anchor))
+        if self.jump is not None:
+            table.insert(len(table.columns), "jump", self.jump)
         return pd.concat([table, pd.DataFrame(self.z, columns=[f"z{i}" for i in range(self.z.shape[1])])], axis=1)
 
 # %% ../nbs/50_latent.ipynb #e8c8b52f
@@ -408,6 +411,7 @@ def traverse_graph(
     labels: Sequence[str] | None = None,  # names of the anchors; their particles where absent
     mean_neighbors: float = 5.0,  # of the neighbour graph
     max_neighbors: int = 10,  # of the neighbour graph
+    bridge: bool = False,  # jump over gaps, where the two sides are nearest, instead of an error
 ) -> Traversal:
     "Return the shortest path through the neighbour graph that visits the anchors in order; raise `InputError` where there is none."
     points, names, anchors = to_points(z), name_rows(z), [int(a) for a in anchors]
@@ -423,16 +427,34 @@ def traverse_graph(
     for start, end, label in zip(anchors[:-1], anchors[1:], labels[1:]):
         came_from = dijkstra(graph.matrix, directed=False, indices=start, return_predecessors=True)[1]
         if came_from[end] < 0 and start != end:
-            raise InputError(explain_gap(points, graph, (start, end), names=names))
+            if not bridge:
+                raise InputError(explain_gap(points, graph, (start, end), names=names))
+            graph = bridge_gap(points, graph, (start, end))
+            came_from = dijkstra(graph.matrix, directed=False, indices=start, return_predecessors=True)[1]
         leg = [end]
         while leg[-1] != start:
             leg.append(int(came_from[leg[-1]]))
         rows += leg[-2::-1]
         named += [""] * (len(leg) - 2) + [label] * (len(leg) > 1)
     row, radius = np.array(rows, dtype=np.int64), graph.mean_distance
-    return Traversal("graph", points[row], row, count_support(points, points[row], radius), np.array(named) != "", find_support_floor(points, radius), tuple(named))
+    step = np.linalg.norm(np.diff(points[row], axis=0, prepend=points[row[:1]]), axis=1)
+    support, floor = count_support(points, points[row], radius), find_support_floor(points, radius)
+    return Traversal("graph", points[row], row, support, np.array(named) != "", floor, tuple(named), step > graph.threshold * (1 + 1e-9))
 
 # %% ../nbs/50_latent.ipynb #cb410de2
+def bridge_gap(
+    points: np.ndarray,  # (P, Z)
+    graph: NeighborGraph,
+    pair: tuple[int, int],  # rows of two anchors in separate components
+) -> NeighborGraph:
+    "Link the components of two anchors by one edge, where they are nearest to each other."
+    left, right = (np.flatnonzero(graph.component == graph.component[row]) for row in pair)
+    distance, nearest = cKDTree(points[right]).query(points[left])
+    best = int(distance.argmin())
+    edge = csr_matrix(([distance[best]], ([left[best]], [right[nearest[best]]])), shape=graph.matrix.shape)
+    return replace(graph, matrix=(graph.matrix + edge).tocsr())
+
+# %% ../nbs/50_latent.ipynb #e531ba4c
 def explain_gap(
     points: np.ndarray,  # (P, Z)
     graph: NeighborGraph,
@@ -448,8 +470,8 @@ def explain_gap(
     for more in range(int(graph.mean_neighbors) + 1, most + 1):
         wider = build_neighbor_graph(points, mean_neighbors=more, max_neighbors=most).component
         if wider[start] == wider[end]:
-            return text + f" With an average of {more} neighbours they connect; or choose anchors within one component."
-    return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, or choose anchors within one component."
+            return text + f" With an average of {more} neighbours they connect; or choose anchors within one component, or jump over the gap (bridge)."
+    return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, choose anchors within one component, or jump over the gap (bridge)."
 
 # %% ../nbs/50_latent.ipynb #f9c12078
 def plot_support(
@@ -457,10 +479,12 @@ def plot_support(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    "Draw the support along a path, poor points in another colour."
+    "Draw the support along a path, poor points in another colour, jumps over gaps as dashed lines."
     ax = plt.subplots()[1] if ax is None else ax
     number, poor = np.arange(len(path)), path.poor_support
     ax.bar(number, path.support, color=np.where(poor, okabe_ito[3], okabe_ito[0]))
+    for point in np.flatnonzero(path.jump) if path.jump is not None else ():
+        ax.axvline(point - 0.5, color="black", linewidth=1, linestyle="--")
     for point in number[path.support == 0]:
         ax.annotate("×", (point, 0), xytext=(0, 1), textcoords="offset points", ha="center", color=okabe_ito[3], fontsize=8)
     ax.axhline(path.floor + 0.5, color="black", linewidth=0.8, linestyle=":")
