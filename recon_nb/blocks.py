@@ -116,12 +116,14 @@ def find_groups(
     profiles: np.ndarray,  # (N, F)
     is_distinct: Callable[[np.ndarray, np.ndarray], bool],  # of two mean profiles (F,)
     n_groups: int | None,  # None where `is_distinct` decides
+    *,
     what: str,  # of the groups, for the message
+    start: np.ndarray | None = None,  # (N,) int64, groups to merge; those that the tree gives where None
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,) int64 groups; (N - 1, 4) Ward's tree
     "Group rows by their tree; raise `InputError` for more groups than rows."
     tree = build_tree(profiles)
     if n_groups is None:
-        return merge_alike(cut_distinct(tree, profiles, is_distinct), profiles, is_distinct), tree
+        return merge_alike(cut_distinct(tree, profiles, is_distinct) if start is None else start, profiles, is_distinct), tree
     if not 1 <= n_groups <= len(profiles):
         raise InputError(f"Cannot make {n_groups} {what} of {len(profiles)}; choose between 1 and {len(profiles)}.")
     labels, top = np.arange(len(profiles)), [*range(len(profiles))]
@@ -150,21 +152,23 @@ def classify_maps(
     weights: np.ndarray | None = None,  # (V,) particles that each map stands for; all alike where None
     positions: np.ndarray | None = None,  # (V, Z) latent points of the maps; the middle of a class is sought there where given
     n_classes: int | None = None,  # None: as many as differ in a block
-    n_blocks: int | None = None,  # None: as many as differ in more than one map out of twenty
-    step: float = 0.5,  # difference of presence that counts as one
+    n_blocks: int | None = None,  # None: as many as differ in more than one particle out of twenty
+    step: float = 0.3,  # least difference of two presences that are called different
 ) -> OccupancyClasses:
     "Group subunits into blocks and maps into classes; raise `InputError` where values are not from 0 to 1."
     presence = np.asarray(presence, np.float64)
     if presence.ndim != 2 or 0 in presence.shape or not (presence.min() >= 0 and presence.max() <= 1):
         raise InputError(f"Presence is a table (maps, subunits) of numbers from 0 to 1; found shape {presence.shape}.")
     weights = np.ones(len(presence)) if weights is None else np.asarray(weights, np.float64)
-    rare = lambda a, b: (np.abs(a - b) > step) @ weights > 0.05 * weights.sum()
-    blocks, subunit_tree = find_groups(presence.T, rare, n_blocks, "blocks")
+    differ = lambda a, b: ((a > 0.5) != (b > 0.5)) & (np.abs(a - b) > step)
+    rare = lambda a, b: differ(a, b) @ weights > 0.05 * weights.sum()
+    blocks, subunit_tree = find_groups(presence.T, rare, n_blocks, what="blocks")
     most = [-(weights @ presence[:, blocks == b]).mean() for b in range(blocks.max() + 1)]
     blocks = np.argsort(np.argsort(most, kind="stable"))[blocks]
     means = average_groups(presence, blocks)
     size = np.bincount(blocks)
-    labels = find_groups(means, lambda a, b: bool((np.abs(a - b) > step).any()), n_classes, "classes")[0]
+    pattern = np.unique(means > 0.5, axis=0, return_inverse=True)[1].ravel()
+    labels = find_groups(means, lambda a, b: bool(differ(a, b).any()), n_classes, what="classes", start=pattern)[0]
     least = [means[labels == c].mean(0) @ size for c in range(labels.max() + 1)]
     labels = np.argsort(np.argsort(least, kind="stable"))[labels]
     profiles = np.stack([np.average(means[labels == c], axis=0, weights=weights[labels == c] + 1e-12) for c in range(labels.max() + 1)])
