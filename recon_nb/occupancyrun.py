@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_box', 'take_batches', 'ModelOnGrid', 'place_model', 'RunOccupancy', 'occupy_latents', 'tabulate_occupancy',
-           'draw_occupancy', 'list_specs', 'format_scene', 'find_level', 'write_scenes', 'write_text',
+           'draw_occupancy', 'list_specs', 'join_specs', 'format_scene', 'find_level', 'write_scenes', 'write_text',
            'make_occupancy_section', 'write_class_selections', 'has_residues', 'measure_run']
 
 # %% ../nbs/53c_occupancyrun.ipynb #2dc6a0ae
@@ -214,6 +214,17 @@ def list_specs(
     return specs
 
 # %% ../nbs/53c_occupancyrun.ipynb #fbf719ff
+def join_specs(
+    specs: Sequence[str],  # of single subunits
+) -> list[str]:  # fewer, one a command
+    "Name all whole chains of a model in one specifier."
+    chains: dict[str, list[str]] = {}
+    for spec in specs:
+        model, _, chain = spec.partition("/")
+        chains.setdefault(model if ":" not in spec else spec, []).append(chain)
+    return [key if ":" in key else f"{key}/{','.join(names)}" for key, names in chains.items()]
+
+# %% ../nbs/53c_occupancyrun.ipynb #78bfddcd
 def format_scene(
     title: str,  # what the scene shows
     models: Sequence[str],  # file names relative to the script
@@ -228,8 +239,8 @@ def format_scene(
     lines += ["hide atoms", "show cartoons"] if cartoons else ["show atoms", "style sphere"]
     for color, (block, specs) in zip(choose_colors(len(blocks)), blocks.items()):
         color = color if isinstance(color, str) else "#" + "".join(f"{round(255 * c):02x}" for c in color[:3])
-        lines.append(f"color {' '.join(specs)} {color}  # block {block}")
-    lines += [f"hide {' '.join(hidden)} {what}" for what in ("atoms", "cartoons") if hidden]
+        lines += [f"# Block {block}", *[f"color {spec} {color}" for spec in join_specs(specs)]]
+    lines += [f"hide {spec} {what}" for spec in join_specs(hidden) for what in ("atoms", "cartoons")]
     for number, (name, level) in enumerate(volumes, len(models) + 1):
         lines += [f'open "{name}"', f"volume #{number} style surface level {level:.5g}", f"color #{number} #b0b0b0", f"transparency #{number} 60"]
         lines += [f"hide #{number} models"] if number > len(models) + 1 else []
