@@ -229,12 +229,13 @@ def tabulate_order(
     *,
     least: float = 0.95,  # P(j | i) from which i is said to need j
 ) -> pd.DataFrame:  # columns block, needs, with_it (P(needs | block)), without (P(block | needs))
-    "List which block is never seen without which other, although that is seen without it; blocks in all or no particles are left out."
+    "List which block is never seen without which other, although that is seen without it: direct needs only, and no blocks that are in all or no particles."
     weights = np.ones(len(presence)) if weights is None else np.asarray(weights, np.float64)
     share, given = weights @ presence / weights.sum(), compute_cooccupancy(presence, weights)
     varies = (share > 0.02) & (share < 0.98)
     pairs = [(i, j) for i in np.flatnonzero(varies) for j in np.flatnonzero(varies) if i != j and given[i, j] >= least > given[j, i]]
-    rows = [(i, j, given[i, j], given[j, i]) for i, j in pairs]
+    direct = [(i, j) for i, j in pairs if not any((i, k) in pairs and (k, j) in pairs for k in np.flatnonzero(varies))]
+    rows = [(i, j, given[i, j], given[j, i]) for i, j in direct]
     return pd.DataFrame(rows, columns=["block", "needs", "with_it", "without"])
 
 # %% ../nbs/53b_blocks.ipynb #202ca374

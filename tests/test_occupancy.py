@@ -1,14 +1,18 @@
 """Occupancy against what ChimeraX, RELION and the published scripts made; calibration against known presence."""
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from recon_nb.assemblies import make_phantom_assembly, simulate_assembly_volumes, tabulate_presence, write_assembly, write_model
 from recon_nb.calibration import calibrate_occupancies, score_presence
-from recon_nb.core import InputError, NumericalError, Volume, make_generator
+from recon_nb.core import InputError, NumericalError, Selection, Volume, make_generator
+from recon_nb.files import read_volume
 from recon_nb.occupancy import (
     OccupancyFit,
     check_model_fit,
@@ -21,7 +25,10 @@ from recon_nb.occupancy import (
     simulate_subunits,
     solve_nonnegative,
 )
-from recon_nb.simulate import read_atoms
+from recon_nb.occupancyrun import measure_run
+from recon_nb.runs import make_config
+from recon_nb.simulate import read_atoms, simulate_stack, write_simulation
+from recon_nb.subspace import run_subspace
 from recon_nb.volumes import flip_hand, low_pass
 
 root = Path(__file__).resolve().parent.parent
@@ -178,3 +185,85 @@ def test_maps_that_cannot_be_measured_are_refused():
         make_subunit_masks(densities, threshold=9.0)
     with pytest.raises(InputError, match="Nothing to calibrate"):
         calibrate_occupancies(OccupancyFit((), np.zeros((0, 0)), np.zeros(0), np.zeros(0), np.zeros(0)))
+
+
+@pytest.fixture(scope="module")
+def phantom_run(tmp_path_factory):
+    """A run in closed form on 2,000 particles of the phantom assembly, with its model and truth."""
+    folder = tmp_path_factory.mktemp("occupancy")
+    assembly = make_phantom_assembly()
+    simulated = simulate_stack(simulate_assembly_volumes(assembly, 32), 2000, weights=assembly.weights, names=list(assembly.states.index), snr=0.3, seed=0)
+    particles = write_simulation(folder / "images", simulated)
+    changes = {"subspace.test": False, "model.rank": 8, "model.zdim": 8, "model.manifold": "linear"}
+    run = run_subspace(folder / "run", make_config(str(particles), changes=changes))
+    return run, write_assembly(folder / "model", assembly, box=32), assembly, simulated.truth.set_index("particle").name
+
+
+def test_run_is_measured_as_it_was_made(phantom_run):
+    run, model, assembly, state_of = phantom_run
+    folder = measure_run(run, model=[str(model)], k=40, resolution=24.0)
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    presence = tabulate_presence(assembly)
+    names = list(presence.columns)
+    truth = presence.loc[state_of.loc[tables["occupancy"]["particle"]]].to_numpy() == 1
+    made, published = (score_presence(tables[name][names].to_numpy(), truth) for name in ("occupancy", "published"))
+    print(f"probability {made}, published {published}")
+    assert made["auroc"] > 0.98 and made["brier"] < min(0.03, published["brier"])
+    block = tables["blocks"].set_index("subunit")["block"]
+    assert block[list("ABCD")].tolist() == [0] * 4
+    assert all(block[a] == block[b] for a, b in ("EF", "GH", "IJ", "KL", "MN"))
+    labels = tables["labels"]
+    assert len(labels) == 2000 and tables["classes"]["n_particles"].sum() == 2000
+    chosen = [Selection.load(run.path / f"selections/occupancy_{c}.json") for c in tables["classes"]["class"]]
+    assert sum(map(len, chosen)) == 2000 and all(s.n_total == 2000 for s in chosen)
+    assert "occupancy" in (run.analysis_dir(1) / "report.html").read_text().lower()
+    for name in ("clustermap", "classes", "cooccupancy", "latent"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scripts_open_files_that_are_there(phantom_run):
+    run, model, assembly, _ = phantom_run
+    folder = measure_run(run, model=[str(model)], k=20, resolution=24.0, n_volumes=1)
+    scripts = sorted(folder.glob("*.cxc"))
+    assert len(scripts) == len(pd.read_csv(folder / "classes.csv")) + 1
+    for script in scripts:
+        opened = [folder / line.split('"')[1] for line in script.read_text().splitlines() if line.startswith("open ")]
+        assert opened and all(path.exists() for path in opened)
+        for path in opened[1:]:
+            volume = read_volume(path)
+            level = float(re.search(r"level (\S+)", script.read_text())[1])
+            assert 0 < level < float(volume.data.max())
+    assert len(list((run.path / "selections").glob("occupancy_*.json"))) == len(scripts) - 1
+
+
+@pytest.mark.slow
+def test_every_particle_is_measured(phantom_run):
+    """Labels that particles have by themselves are at least as right as those of their clusters; groups and the ratio work."""
+    run, model, assembly, state_of = phantom_run
+    table = run.path / "groups.csv"
+    table.write_text("subunit,chain\n" + "".join(f"{block},{chain}\n" for block, chains in assembly.blocks.items() for chain in chains))
+    folder = measure_run(run, model=[str(model)], groups=str(table), k=40, resolution=24.0, all_particles=True)
+    each = pd.read_csv(folder / "particles.csv").sort_values("particle")
+    states = assembly.states.loc[state_of.loc[each["particle"]]].to_numpy() == 1
+    score = score_presence(each[list(assembly.blocks)].to_numpy(), states)
+    print(f"blocks in 2,000 single particles: {score}")
+    assert score["auroc"] > 0.95
+    ratio = measure_run(run, model=[str(model)], k=20, resolution=24.0, method="ratio")
+    assert len(pd.read_csv(ratio / "classes.csv")) > 1
+
+
+def test_what_cannot_be_measured_is_refused_in_words(phantom_run, tmp_path):
+    run, model, assembly, _ = phantom_run
+    with pytest.raises(InputError, match="not readable as PDB"):
+        measure_run(run, model=[str(tmp_path / "none.pdb")])
+    far = tmp_path / "far.cif"
+    write_model(far, {name: replace(atoms, xyz=atoms.xyz + 900) for name, atoms in read_subunits(model).items()})
+    with pytest.raises(InputError, match="not in the frame"):
+        measure_run(run, model=[str(far)], k=10)
+    with pytest.raises(InputError, match="--flip-hand"):
+        measure_run(run, model=[str(model)], k=10, flip_hand=True)
+    with pytest.raises(InputError, match="--invert"):
+        measure_run(run, model=[str(model)], k=10, invert=True)
+    with pytest.raises(InputError, match="method"):
+        measure_run(run, model=[str(model)], k=10, method="guess")
+    assert not (run.path / "occupancy").is_dir() or pd.read_csv(run.path / "occupancy/classes.csv").shape[0]  # what was there stays
