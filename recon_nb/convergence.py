@@ -64,6 +64,9 @@ def choose_epochs(
         raise RunError(
             f"{run.path} has weights and latents of {len(chosen)} epochs ({', '.join(map(str, chosen)) or 'none'}); at least three are compared. Train further, with train.checkpoint_every 1, train.encode_every 1 and train.keep_last 0."
         )
+    train = run.config.train
+    if not epochs and train.start_radius < 1 and sum(e >= train.radius_epochs for e in chosen) >= 3:
+        chosen = [e for e in chosen if e >= train.radius_epochs]  # before, not all frequencies were shown
     if not epochs and len(chosen) > n_epochs:
         chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, n_epochs).round().astype(int))]
     return chosen
@@ -118,11 +121,11 @@ def count_kept_neighbors(
     before: np.ndarray,  # (P, Z)
     after: np.ndarray,  # (P, Z) of the same particles
     *,
-    fraction: float = 0.02,  # of the particles are called neighbours, ten at least
+    fraction: float = 0.02,  # of the particles are called neighbours; 10 at least, 500 at most
     n_asked: int = 2000,  # particles asked at most, evenly spaced
 ) -> float:  # 1 where all neighbours are the same, 0 by chance
     "Return the share of neighbours that particles keep, corrected for chance."
-    n = min(max(10, round(fraction * len(before))), len(before) - 2)
+    n = min(int(np.clip(round(fraction * len(before)), 10, 500)), len(before) - 2)
     asked = np.unique(np.linspace(0, len(before) - 1, min(len(before), n_asked)).astype(int))
     near = [cKDTree(points).query(points[asked], k=n + 1)[1] for points in (before, after)]
     kept = np.mean([len(np.intersect1d(a[a != p], b[b != p])) / n for p, a, b in zip(asked, *near)])
@@ -214,7 +217,8 @@ def find_peaks(
 ) -> np.ndarray:  # (K, 2) int64 bins, highest first
     "Return the local maxima of a smoothed histogram that are far enough from each other."
     smooth = gaussian_filter(counts.astype(np.float64), smoothing, mode="constant")
-    found = np.argwhere((smooth == maximum_filter(smooth, size=3, mode="constant")) & (counts > 0))
+    found = np.argwhere((smooth == maximum_filter(smooth, size=3, mode="constant")) & (maximum_filter(counts, size=3, mode="constant") > 0))
+    found = found if len(found) else np.argwhere(counts == counts.max())[:1]
     kept = np.empty((0, counts.ndim), dtype=np.int64)
     for peak in found[np.argsort(-smooth[tuple(found.T)], kind="stable")]:
         if len(kept) < n_peaks and (np.linalg.norm(kept - peak, axis=1) >= max(radius * len(counts), 1.5)).all():
@@ -325,7 +329,7 @@ def judge_volumes(
     words = f"from one epoch to the next the maps agree by a mean FSC of {1 - now:.3f}, {mean.fsc_nyquist.iloc[turn + 1 :].mean():.2f} at Nyquist"
     if np.isfinite(growth):
         words += f"; fine density in the solvent, which is noise, is {100 * share.iloc[-1]:.0f} % of that of the particle, {100 * share.iloc[turn]:.0f} % at epoch {epochs[turn]}"
-    if growth > 1.25 and share.iloc[-1] > 0.08:
+    if growth > 1.25 and share.iloc[-1] > 0.05:
         return Verdict("volumes", "worsening", epochs[turn], words + ".")
     is_settled = bool(now < max(0.01, first / 4))
     return Verdict("volumes", "settled" if is_settled else "changing", epochs[turn] if is_settled else None, words + ".")
@@ -412,17 +416,20 @@ def judge_prediction(
     by_epoch = table.assign(score=score).pivot(index="epoch", columns="particle", values="score")
     epochs, mean = by_epoch.index.to_list(), by_epoch.mean(axis=1)
     best, last = int(mean.idxmin()), epochs[-1]
-    excess = by_epoch.loc[last] - by_epoch.loc[best]
+    late = [e for e in epochs[-2:] if e != best]  # one bumpy step is no evidence: the rise must stand in the last two epochs
+    excess = by_epoch.loc[late].mean() - by_epoch.loc[best]
     error = max(float(excess.std()) / math.sqrt(len(excess)), 1e-30)
+    own = table.groupby("epoch")["unseen" if is_unseen else "own"].mean()
+    is_private = len(late) == 2 and mean[late].min() > mean[best] and (is_unseen or own[late].max() < own[best])
     nothing = table.nothing.mean() * (1.0 if is_unseen else 0.5)
     name = "images not seen" if is_unseen else "images"
-    if best != last and excess.mean() > 3 * error and excess.mean() > 0.01 * (nothing - mean[best]):
+    if is_private and excess.mean() > 3 * error and excess.mean() > 0.01 * (nothing - mean[best]):
         what = "their error rises" if is_unseen else "less than half of what is learnt about an image helps to predict its neighbours"
         return Verdict(name, "worsening", best, f"after epoch {best} {what}: the network learns noise ({excess.mean() / error:.0f} standard errors).")
     turn, since = epochs[max(start_last_third([0, *epochs]) - 1, 0)], find_settled([0, *epochs], [nothing, *mean])
     share = (mean[turn] - mean[last]) / max(nothing - mean.min(), 1e-30)
-    is_settled = abs(share) < 0.05
-    words = f"{100 * share:.1f} % of all that was learnt about {'images not seen' if is_unseen else 'images of the same kind'} came after epoch {turn}"
+    is_settled = share < 0.05
+    words = f"{100 * max(share, 0.0):.1f} % of all that was learnt about {'images not seen' if is_unseen else 'images of the same kind'} came after epoch {turn}"
     return Verdict(name, "settled" if is_settled else "changing", min(since, turn) if is_settled else None, words + ".")
 
 # %% ../nbs/51_convergence.ipynb #c0905a97
