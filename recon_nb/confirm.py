@@ -309,9 +309,10 @@ def count_arrivals(
     inside = np.zeros(len(points), dtype=bool)
     inside[selected] = True
     others = np.flatnonzero(~inside) if others is None else others
-    shares, tree = fit_shares(points[others], clouds), cKDTree(points)
+    tree = cKDTree(points)
     near = np.array([inside[tree.query(cloud, k=max(2, min(k, len(selected))))[1]].mean() for cloud in clouds])
-    return float(shares @ near * len(others))
+    elsewhere = np.flatnonzero(near <= max(0.5, near.min()))
+    return float(fit_shares(points[others], [clouds[i] for i in elsewhere]) @ near[elsewhere] * len(others))
 
 # %% ../nbs/54_confirm.ipynb #95a7d602
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def judge_selection(
     if share >= 0.5:
         against.append(f"Noise alone would bring {arrivals:.0f} of the other particles here, and {n_selected} were selected: they need not be a state of their own.")
     if amplitude - 3 * spread > 2:
-        against.append(f"The images differ by {amplitude:.1f} times what the decoder draws (random parts: 0 ± {spread:.2f}), as if they had been chosen for their noise.")
+        against.append(f"The images differ by {amplitude:.1f} times what the decoder draws (random parts: 0 ± {spread:.2f}): it draws next to nothing here, or they were chosen for their noise.")
     if amplitude < 0.5 or amplitude < 3 * spread:
         against.append(f"The images show {amplitude:.2f} of the difference that the decoder draws (random parts: 0 ± {spread:.2f}).")
     if maps.correlation <= highest:
@@ -387,7 +388,7 @@ def load_images(
     epoch: int,
 ) -> ParticleDataset:
     "Read the images of a run, with its refined poses; raise `RunError` where they are not those that it began with."
-    dataset = load_own(run)
+    dataset = load_own(run, {"data.in_memory": False})  # only some of the images are wanted
     if (run.path / "poses").is_dir():
         poses, source_row = run.load_poses(epoch)
         order = torch.argsort(source_row)
@@ -447,7 +448,7 @@ def expect_arrivals(
     *,
     noise: Tensor,  # (m,) power by coefficient
     others: np.ndarray | None = None,  # (m,) int64 rows of those that might arrive; all that are not selected where None
-    n_simulated: int = 2000,  # images of all centres together
+    n_simulated: int = 1200,  # particles of all centres together
     n_centers: int = 20,  # volumes that the others may show
     seed: int = 0,  # of centres, choice and noise
 ) -> float:  # particles
@@ -455,11 +456,13 @@ def expect_arrivals(
     points = latents.mu.double().cpu().numpy()
     others = np.setdiff1d(np.arange(len(points)) if others is None else others, selected)
     clusters = cluster_kmeans(points[others], min(n_centers, len(np.unique(points[others], axis=0))), seed=seed, n_starts=1)
-    n_each = max(points.shape[1] + 2, n_simulated // clusters.n_clusters)
-    random = np.random.default_rng(seed)
-    shown = [latents.particle[np.sort(random.permutation(others)[:n_each])] for _ in range(clusters.n_clusters)]
-    volumes = generate_volumes(model, points[others[clusters.center_row]])
-    clouds = simulate_latents(model, dataset, shown, volumes, noise=noise, seed=seed)
+    n_each = n_simulated // clusters.n_clusters
+    random, wanted = np.random.default_rng(seed), points[others[clusters.center_row]]
+    decoded = wanted.copy()
+    for n_shown in (n_each // 3, n_each // 3, n_each):  # an encoder answers nearer to the middle than where it was asked: ask farther out
+        shown = [latents.particle[np.sort(random.permutation(others)[: max(n_shown, points.shape[1] + 2)])] for _ in wanted]
+        clouds = simulate_latents(model, dataset, shown, generate_volumes(model, decoded), noise=noise, seed=seed)
+        decoded = decoded + wanted - np.stack([cloud.mean(axis=0) for cloud in clouds])
     return count_arrivals(points, selected, clouds, others=others)
 
 # %% ../nbs/54_confirm.ipynb #326c7413
@@ -536,7 +539,7 @@ def compute_densities(
     difference = smooth(claim.difference)
     large = find_difference(difference).data
     regions = {} if mask is None else {"mask": mask}
-    regions |= {name: replace(mask or difference, data=large * (sign * difference.data > 0)) for name, sign in (("lost", -1), ("gained", 1))}
+    regions |= {name: replace(difference, data=large * (sign * difference.data > 0)) for name, sign in (("lost", -1), ("gained", 1))}
     both = replace(difference, data=torch.maximum(smooth(claim.selected).data, smooth(claim.neighbors).data))
     body = replace(both, data=(both.data > 0.2 * torch.quantile(both.data.flatten()[:: max(1, both.data.numel() // 2**23)], 0.999)).float())
     return pd.DataFrame([
