@@ -9,8 +9,9 @@ __all__ = ['reading', 'option_sets', 'synonyms', 'path_settings', 'verbs', 'Opti
            'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution',
            'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'fit_particles', 'train_model',
            'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch', 'traverse_latents',
-           'show_particles', 'place_particles', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
-           'release_messages', 'show_messages', 'run_verb', 'main']
+           'show_particles', 'place_particles', 'converge_run', 'filter_particles', 'export_particles', 'map_volumes',
+           'measure_subunits', 'confirm_state', 'compare_classes', 'compare_replicates', 'show_demo', 'list_verbs',
+           'describe_error', 'HeldMessages', 'release_messages', 'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -109,6 +110,14 @@ option_sets: dict[str, tuple[OptionSet, ...]] = {
         OptionSet("training", "runs", "TrainConfig", section="train"),
         OptionSet("subspace", "runs", "SubspaceConfig", section="subspace"),
     ),
+    "convergence": (OptionSet("convergence", "convergence", "converge_run"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand"))),
+    "filtering": (OptionSet("filter", "filtering", "filter_run"),),
+    "exporting": (OptionSet("export", "export", "export_selection"),),
+    "landscape": (OptionSet("landscape", "landscape", "map_landscape"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand"))),
+    "occupancy": (OptionSet("occupancy", "occupancyrun", "measure_run"),),
+    "confirming": (OptionSet("confirmation", "confirm", "confirm_selection"),),
+    "agreeing": (OptionSet("agreement", "agreement", "compare_labels"),),
+    "replicating": (OptionSet("replicates", "agreement", "compare_runs"),),
     "fitting": (
         OptionSet("images", "runs", "DataConfig", section="data"),
         OptionSet("subspace", "runs", "ModelConfig", ("rank", "dose"), section="model"),
@@ -240,7 +249,7 @@ def build_parser(
     for shared in option_sets[extra[1]] if extra else ():
         group = parser.add_argument_group(shared.title)
         for option in read_module_options(shared.module, shared.name, shared.only):
-            if option.name not in [o.name for o in options]:
+            if not option.positional and option.name not in [o.name for o in options]:
                 add_option(group, option, section=shared.section, shared=True)
     other = parser.add_argument_group("other")
     other.add_argument("-h", "--help", action="help", help="show this and exit")
@@ -770,6 +779,102 @@ def place_particles(
     plan = place_run(run, out, chosen=particles, kmeans=kmeans, tomograms=tomograms or (), level=level, epoch=epoch, seed=seed, device=device, **placed)
     print(f"{len(plan)} particles, {plan.volume.nunique()} volumes, {plan.script.nunique()} scenes: {out}")
 
+# %% ../nbs/90_cli.ipynb #10ed458b
+def converge_run(
+    run: str,  # run folder
+    **convergence,
+) -> None:
+    "Say at which epoch the training had converged: loss, latents, and volumes at the crests of the UMAP through the epochs."
+    from recon_nb import convergence as page
+
+    print(f"report: {page.converge_run(run, **convergence)}")
+
+# %% ../nbs/90_cli.ipynb #3a50f3d8
+def filter_particles(
+    run: str,  # run folder
+    *,
+    out: str,  # name of the selection, written to RUN/selections/NAME.json and .star, or a path ending in .json
+    **filtering,
+) -> None:
+    "Choose the particles worth keeping by clusters, outliers, a range of values or an outline."
+    from recon_nb.filtering import filter_run, prepare_output
+    from recon_nb.runs import open_run
+
+    path = prepare_output(open_run(run), out)
+    chosen = filter_run(run, out=out, **filtering)
+    print(f"{len(chosen)} of {chosen.n_total} particles: {chosen.reason}\n{path}")
+
+# %% ../nbs/90_cli.ipynb #adf7abfd
+def export_particles(
+    selection: str,  # .json of a selection
+    *,
+    to: Literal["star", "cs", "json"] = "star",  # format
+    out: str | None = None,  # file to write; None = beside the selection, under its name
+    **exporting,
+) -> None:
+    "Write the rows of your own particle file that a selection keeps, for RELION or cryoSPARC."
+    from recon_nb.export import export_selection
+
+    print(export_selection(selection, to=to, out=out, **exporting))
+
+# %% ../nbs/90_cli.ipynb #ef3e1085
+def map_volumes(
+    run: str,  # run folder
+    **landscape,
+) -> None:
+    "Decode many volumes and map what they differ in: principal components, classes and their averages, the class of every particle."
+    from recon_nb.landscape import map_landscape
+
+    print(f"report: {map_landscape(run, **landscape)}")
+
+# %% ../nbs/90_cli.ipynb #d0f70ab4
+def measure_subunits(
+    run: str,  # run folder
+    *,
+    model: list[str],  # PDB or mmCIF files of the complex, in the frame of the maps
+    **occupancy,
+) -> None:
+    "Measure how much of every subunit of an atomic model each volume holds, and divide volumes into classes and subunits into blocks."
+    from recon_nb.occupancyrun import measure_run
+
+    print(f"report: {measure_run(run, model=model, **occupancy)}")
+
+# %% ../nbs/90_cli.ipynb #a0f2a4d1
+def confirm_state(
+    run: str,  # run folder
+    *,
+    selection: str,  # name of a selection of the run, or a .json
+    **confirming,
+) -> None:
+    "Backproject the particles of a selection, and say whether their images show what the decoder draws."
+    from recon_nb.confirm import confirm_selection, read_verdict
+
+    folder = confirm_selection(run, selection=selection, **confirming)
+    found = read_verdict(folder)
+    print("\n".join([f"{found.verdict}: {found.n_selected} particles", *found.reasons, f"maps, star file and tables: {folder}"]))
+
+# %% ../nbs/90_cli.ipynb #63cc76f0
+def compare_classes(
+    run: str,  # run folder, or a csv with a column particle and one of labels
+    labels: str,  # csv with a column particle, or a star file of the same particles
+    **agreeing,
+) -> None:
+    "Compare the classes of a run with labels from elsewhere: confusion matrix, adjusted Rand index, and what chance gives."
+    from recon_nb.agreement import compare_labels
+
+    print(f"report: {compare_labels(run, labels, **agreeing)}")
+
+# %% ../nbs/90_cli.ipynb #681fff60
+def compare_replicates(
+    run: str,  # run folder
+    other: str,  # run folder of a replicate, on particles of the same file
+    **replicating,
+) -> None:
+    "Compare two runs on the same particles: matched clusters and neighbourhoods of the latents, beside what chance gives."
+    from recon_nb.agreement import compare_runs
+
+    print(f"report: {compare_runs(run, other, **replicating)}")
+
 # %% ../nbs/90_cli.ipynb #6a7b5289
 def show_demo(
     *,
@@ -805,6 +910,14 @@ verbs: dict[str, Callable] = {
     "traverse": traverse_latents,
     "context": show_particles,
     "place": place_particles,
+    "converge": converge_run,
+    "filter": filter_particles,
+    "export": export_particles,
+    "landscape": map_volumes,
+    "occupancy": measure_subunits,
+    "confirm": confirm_state,
+    "agree": compare_classes,
+    "replicate": compare_replicates,
     "demo": show_demo,
 }
 
