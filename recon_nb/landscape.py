@@ -87,8 +87,9 @@ def slice_voxels(
     step = max(1, budget // (8 * len(voxels)))
     for start in range(0, voxels.shape[1], step):
         columns = slice(start, min(start + step, voxels.shape[1]))
-        block = np.asarray(voxels[:, columns], dtype=np.float64)
-        yield columns, block - block.mean(axis=0)
+        block = np.array(voxels[:, columns], dtype=np.float64)
+        block -= block.mean(axis=0)
+        yield columns, block
 
 # %% ../nbs/50d_landscape.ipynb #a08c5972
 def run_volume_pca(
@@ -251,7 +252,7 @@ def plot_cuts(
     ax.axvline(classes.n_classes, color=okabe_ito[1], linewidth=1, label="cut here")
     ax.set(xlabel="number of classes", ylabel="height of the join (density)", xticks=(2, 3, 5, 10, 20), xticklabels=("2", "3", "5", "10", "20"))
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(loc="lower left", frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/50d_landscape.ipynb #51467f6c

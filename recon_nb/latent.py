@@ -492,7 +492,7 @@ def plot_support(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{poor.sum()} of {len(path)} points poorly supported ({path.floor} or fewer)", fontsize=9)
     for point in np.flatnonzero(path.is_anchor) if path.anchor else ():
-        ax.annotate(path.anchor[point], (point, path.support[point]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(path.anchor[point], (point, path.support[point]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8, path_effects=[withStroke(linewidth=2, foreground="white")])
     return ax
 
 # %% ../nbs/50_latent.ipynb #324fb275
