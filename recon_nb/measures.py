@@ -66,16 +66,28 @@ class ParticleProducts:
     low_cross: np.ndarray  # (P,) <a, y> of these
     low_power: np.ndarray  # (P,) <y, y> of these
     n_low: np.ndarray  # (P,) how many these are
+    label: np.ndarray  # (P,) int, the volume that each particle was compared with
+
+    @property
+    def amplitude(self) -> np.ndarray:  # (P,)
+        "Factor by which the volume is found in the images, in the units of the volume."
+        return self.cross / np.maximum(self.gram, np.median(self.gram) / 4)
 
     @property
     def contrast(self) -> np.ndarray:  # (P,)
-        "Amplitude of the volume in the images, 1 where it is all there."
-        return self.cross / np.maximum(self.gram, np.median(self.gram) / 4)
+        "Amplitude relative to that of a typical particle with the same volume: 1 where all of it is there."
+        raw = self.amplitude
+        present = raw >= np.percentile(raw, 75) / 2
+        typical = float(np.median(raw[present]))
+        if not typical > 0:
+            return raw
+        medians = pd.Series(raw).groupby(self.label).transform("median").to_numpy()
+        return raw / np.maximum(medians, 0.9 * typical)
 
     @property
     def residual(self) -> np.ndarray:  # (P,)
         "Power that is left, relative to that of a typical particle."
-        left = (self.low_power - 2 * self.contrast * self.low_cross + self.contrast**2 * self.low_gram) / self.n_low
+        left = (self.low_power - 2 * self.amplitude * self.low_cross + self.amplitude**2 * self.low_gram) / self.n_low
         return left / np.median(left)
 
     @property
@@ -108,7 +120,7 @@ def sum_products(
                 values[place, mine], values[place + 1, mine] = gram[:, 0, 0], cross[:, 0]
         values[4], values[5] = chunk.images[:, low].abs().square().sum(dim=1), float(len(low))
         sums.index_add_(1, row.cpu(), values.double().cpu())
-    return ParticleProducts(*sums.numpy())
+    return ParticleProducts(*sums.numpy(), labels.cpu().numpy())
 
 # %% ../nbs/52c_measures.ipynb #9360e7e6
 def measure_run(

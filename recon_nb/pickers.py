@@ -72,8 +72,9 @@ def plot_pictures(
         for number, ax in enumerate(part.subplots(n_rows, per_row, squeeze=False).flat):
             ax.set_axis_off()
             if number < len(pictures):
-                low, high = np.percentile(pictures[number], [1, 99])
-                ax.imshow(pictures[number], cmap="gray", vmin=low, vmax=max(high, low + 1e-12))
+                picture = torch.as_tensor(pictures[number]).numpy()
+                low, high = np.percentile(picture, [1, 99])
+                ax.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-12))
                 ax.set_title("" if titles is None else str(titles[title][number]), fontsize=6, pad=1)
     return figure
 
