@@ -18,9 +18,10 @@ __all__ = ['MRC_HEADER', 'MRC_MODES', 'ROW_TOKEN', 'CTF_COLUMNS', 'POSE_COLUMNS'
            'replace_cryosparc_columns', 'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses',
            'read_cryodrgn_ctf', 'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box',
            'check_suffix', 'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'read_columns_beside',
-           'replace_source_columns', 'read_particles', 'change_table', 'write_particles']
+           'replace_source_columns', 'read_particles', 'change_table', 'build_cryosparc_source', 'write_particles']
 
 # %% ../nbs/20_files.ipynb #4c765611
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -1635,6 +1636,32 @@ def change_table(
         else:
             source = replace_cryosparc_images(source, names=stacks, slices=slices) if isinstance(source, CryosparcSource) else None
     return replace(table, rows=rows, source=source, missing=missing)
+
+# %% ../nbs/20_files.ipynb #53ab1c4d
+def build_cryosparc_source(
+    table: ParticleTable,  # of single particles, of any origin
+) -> CryosparcSource:
+    "Describe a table as a cs file with uids made from the names of the images; raise `InputError` for a tilt series."
+    rows = table.rows
+    if "tilt_angle" in rows or table.n_particles != len(rows):
+        raise InputError(f"{table.path}: a cs file has one image per particle, and this is a tilt series; write a .star file.")
+    paths = np.array([str(name).encode("utf-8") for name in rows["stack"]])
+    fields = [("uid", "<u8"), ("blob/path", paths.dtype), ("blob/idx", "<u4"), ("blob/shape", "<u4", (2,)), ("blob/psize_A", "<f4")]
+    records = np.zeros(len(rows), np.dtype(fields + ([] if table.contrast_sign is None else [("blob/sign", "<f4")])))
+    names = format_image_names(rows["stack"], rows["slice"])
+    records["uid"] = [int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little") for name in names]
+    records["blob/path"], records["blob/idx"], records["blob/shape"], records["blob/psize_A"] = paths, rows["slice"], find_box(table), table.pixel_size
+    if table.contrast_sign is not None:
+        records["blob/sign"] = table.contrast_sign
+    known = [*CRYOSPARC_LABELS, *(POSE_COLUMNS if table.has_poses else ())]
+    source = replace_cryosparc_columns(CryosparcSource(records), {name: rows[name].to_numpy() for name in known if name in rows}, table.pixel_size)
+    if "half" not in rows:
+        return source
+    split = np.zeros(len(rows), np.dtype([*list_fields(source.records.dtype), ("alignments3D/split", "<u4")]))
+    for name in source.records.dtype.names:
+        split[name] = source.records[name]
+    split["alignments3D/split"] = rows["half"] - 1
+    return CryosparcSource(split)
 
 # %% ../nbs/20_files.ipynb #8005c58f
 def write_particles(
