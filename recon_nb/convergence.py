@@ -456,7 +456,7 @@ def plot_prediction(
         ax.axvline(mark, color="0.5", lw=1, ls="--", label=f"least score, epoch {mark}")
     ax.set(xlabel="epoch", ylabel="error / no prediction's")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
+    ax.legend(fontsize="small", loc="upper right", framealpha=1, edgecolor="none")
     return ax
 
 # %% ../nbs/51_convergence.ipynb #9c20a3c5
