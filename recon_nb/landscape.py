@@ -197,7 +197,10 @@ class VolumeClasses:
             return text + "Too few volumes to tell groups from a continuum; take 30 or more (-k)."
         if self.n_separate == 1:
             return text + "No join of the tree stands out: the volumes are a continuum, and the classes are slices of it whose number means nothing."
-        return text + f"The joins of the tree stand out down to {self.n_separate} classes" + ("." if self.n_separate == self.n_classes else f", which is not the {self.n_classes} asked for.")
+        last = self.cuts.set_index("n_classes").loc[self.n_separate]
+        ratio = last.height / last.expected
+        text += f"The joins of the tree stand out down to {self.n_separate} classes" + ("" if self.n_separate == self.n_classes else f", which is not the {self.n_classes} asked for")
+        return text + f"; the last is {ratio:.1f} times as high as in a continuum" + (" (up to twice may come from a bent one)." if ratio < 2 else ".")
 
 # %% ../nbs/50d_landscape.ipynb #db8d7ecc
 def classify_volumes(
