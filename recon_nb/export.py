@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_own_run', 'read_own_rows', 'select_table', 'flatten_optics', 'gather_optics', 'convert_star', 'warn_of_paths',
-           'write_selected', 'export_selection']
+           'make_cryosparc', 'write_selected', 'export_selection']
 
 # %% ../nbs/52b_export.ipynb #bea4c8dc
 import logging
@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from .core import InputError, MissingStackError, Selection
-from .files import CryosparcSource, ParticleTable, StarSource, build_relion_source, format_number, make_star_block, resolve_stack_paths, write_particles
+from .files import CryosparcSource, ParticleTable, StarSource, build_cryosparc_source, build_relion_source, format_number, make_star_block, resolve_stack_paths, write_particles
 from .runs import DataConfig, RunFolder, is_run
 from .tiltseries import read_table
 
@@ -116,6 +116,24 @@ def warn_of_paths(
         return True
     return False
 
+# %% ../nbs/52b_export.ipynb #885f956c
+def make_cryosparc(
+    table: ParticleTable,  # of single particles
+) -> ParticleTable:
+    "Return a table whose source is a cs file; unchanged where it is one already."
+    if isinstance(table.source, CryosparcSource):
+        return table
+    try:
+        return replace(table, source=build_cryosparc_source(table))
+    except MissingStackError as error:
+        logging.getLogger("recon_nb.export").warning("%s does not say the size of its images, and %s; the cs file has no blob/shape", table.path, str(error).rstrip("."))
+    records = build_cryosparc_source(replace(table, box=1)).records
+    known = [name for name in records.dtype.names if name != "blob/shape"]
+    made = np.empty(len(records), [(name, records.dtype[name]) for name in known])
+    for name in known:
+        made[name] = records[name]
+    return replace(table, source=CryosparcSource(made))
+
 # %% ../nbs/52b_export.ipynb #71a241f0
 def write_selected(
     path: str | Path,  # .star or .cs to write
@@ -126,10 +144,9 @@ def write_selected(
     "Write the rows of the selected particles; raise `InputError` where the file cannot be written in that format."
     path, chosen = Path(path), select_table(table, selection)
     if path.suffix == ".cs":
-        if not isinstance(table.source, CryosparcSource):
-            raise InputError(f"{table.path} is no cs file, so its particles have no uid; write a .star file, which cryoSPARC imports, or name the cs file of the same particles.")
         if version is not None:
             raise InputError("A version belongs to star files; leave it out.")
+        chosen = make_cryosparc(chosen)
     elif version is not None:
         chosen = convert_star(chosen, version)
     elif isinstance(table.source, CryosparcSource):
