@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from scipy.cluster.hierarchy import cut_tree, dendrogram, leaves_list, linkage, optimal_leaf_ordering
 from scipy.interpolate import RBFInterpolator
 from scipy.spatial.distance import pdist, squareform
@@ -254,7 +255,7 @@ def plot_cuts(
     ax.loglog(number, bound, color="black", linewidth=0.8, linestyle=":", label="stands out above")
     ax.axvline(classes.n_classes, color=okabe_ito[1], linewidth=1, label="cut here")
     ax.set(xlabel="number of classes", ylabel="height of the join (density)", xticks=(2, 3, 5, 10, 20), xticklabels=("2", "3", "5", "10", "20"))
-    ax.minorticks_off()
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.legend(loc="lower left", frameon=False, fontsize=8)
     return ax
 
