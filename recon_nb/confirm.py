@@ -309,10 +309,15 @@ def count_arrivals(
     inside = np.zeros(len(points), dtype=bool)
     inside[selected] = True
     others = np.flatnonzero(~inside) if others is None else others
-    tree = cKDTree(points)
-    near = np.array([inside[tree.query(cloud, k=max(2, min(k, len(selected))))[1]].mean() for cloud in clouds])
+    center, tree = np.median(points[selected], axis=0), cKDTree(points)
+    reach = 1.5 * np.percentile(np.linalg.norm(points[selected] - center, axis=1), 90)
+    is_close = lambda z: np.linalg.norm(z - center, axis=-1) <= reach
+    share = [inside[tree.query(cloud, k=max(2, min(k, len(selected))))[1]].mean(axis=1) for cloud in clouds]
+    near, beside = np.array([s.mean() for s in share]), np.array([((1 - s) * is_close(cloud)).mean() for s, cloud in zip(share, clouds)])
     elsewhere = np.flatnonzero(near <= max(0.5, near.min()))
-    return float(fit_shares(points[others], [clouds[i] for i in elsewhere]) @ near[elsewhere] * len(others))
+    shares = fit_shares(points[others], [clouds[i] for i in elsewhere]) * len(others)
+    expected, found = shares @ beside[elsewhere], is_close(points[others]).sum()
+    return float(shares @ near[elsewhere] * min(1.0, found / max(expected, 1e-9)))
 
 # %% ../nbs/54_confirm.ipynb #95a7d602
 @dataclass(frozen=True)
@@ -477,9 +482,9 @@ def draw_maps(
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     rows = {"decoded": (decoded.selected, decoded.neighbors), "backprojected": (selected, neighbors)}
     for axes, (kind, (a, b)) in zip(figure.subplots(2, 3, sharex=True, sharey=True), rows.items(), strict=True):
-        sections = [a.data[level], b.data[level], a.data[level] - b.data[level]]
+        sections = [volume.numpy() for volume in (a.data[level], b.data[level], a.data[level] - b.data[level])]
         low, high = np.percentile(np.stack(sections[:2]), [0.5, 99.8])
-        reach = float(sections[2].abs().max())
+        reach = float(np.abs(sections[2]).max())
         for ax, section, name, limits in zip(axes, sections, ("selection", "neighbours", "difference"), [(low, high)] * 2 + [(-reach, reach)], strict=True):
             ax.imshow(section, cmap="gray", origin="lower", vmin=limits[0], vmax=limits[1], extent=(-half, half, -half, half))
             ax.set(title=f"{name}, {kind}")
@@ -517,7 +522,7 @@ def draw_evidence(
     "Draw amplitudes, both tests against random parts, and the FSC."
     figure = Figure(figsize=(9, 6), layout="constrained")
     (each, whole), (map_axis, fsc_axis) = figure.subplots(2, 2)
-    low, high = np.percentile(table["amplitude"], [0.5, 99.5])
+    low, high = np.percentile(table["amplitude"], [0.1, 99.9])
     for color, (group, part) in zip((okabe_ito[0], okabe_ito[3]), table.groupby("group"), strict=False):
         each.hist(part["amplitude"].clip(low, high), bins=np.linspace(low, high, 41), density=True, color=color, alpha=0.7, label={"neighbors": "neighbours"}.get(group, "selection"))
     each.set(xlabel="amplitude of the difference in one particle", ylabel="density", yticks=[], ylim=(0, 1.35 * each.get_ylim()[1]))
