@@ -21,7 +21,7 @@ from .occupancy import OccupancyFit
 
 # %% ../nbs/53a_calibration.ipynb #50ddf8a2
 LEVEL_SD = (0.2, 0.3)  # prior standard deviations of the absent level and of the step to the present one
-SPREAD_STRENGTH = 30.0  # maps that the standard error of the fit weighs as much as
+SPREAD_STRENGTH = 100.0  # maps that the standard error of the fit weighs as much as
 MIXED_SHARE = 0.1  # of the maps that are mixtures, before looking
 
 # %% ../nbs/53a_calibration.ipynb #abc552b8

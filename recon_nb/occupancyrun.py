@@ -73,13 +73,13 @@ def place_model(
     learn: Sequence[Volume],  # up to 40 maps
     *,
     resolution: float = 15.0,  # Å, of the detail to look at
-    check_fit: bool = True,  # refuse a model that does not fit the maps
+    allow_misfit: bool = False,  # go on where the model does not fit the maps
 ) -> ModelOnGrid:
     "Learn from some maps how maps show a model; raise `InputError` where it does not fit them."
     densities = simulate_subunits(subunits, learn[0])
     mean = Volume(torch.stack([v.data.float() for v in learn]).mean(0), learn[0].pixel_size, learn[0].origin)
     whole = densities.sum(0)
-    correlation = check_model_fit(mean, whole) if check_fit else correlate_volumes(mean, Volume(whole, mean.pixel_size, mean.origin))
+    correlation = correlate_volumes(mean, Volume(whole, mean.pixel_size, mean.origin)) if allow_misfit else check_model_fit(mean, whole)
     basis, noise = prepare_basis(learn, densities, names=list(subunits), resolution=resolution)
     masks = make_subunit_masks(densities)
     return ModelOnGrid(masks, MaskWeights.from_masks(densities, masks), basis, noise, correlation)
@@ -106,7 +106,7 @@ def occupy_latents(
     all_particles: bool = False,  # decode every particle too
     method: Literal["fit", "ratio"] = "fit",  # what classes and blocks are made of: probabilities, or published ratios
     resolution: float = 15.0,  # Å, of the detail to look at
-    check_fit: bool = True,  # refuse a model that does not fit the maps
+    allow_misfit: bool = False,  # go on where the model does not fit the maps
     n_classes: int | None = None,  # None: as many as differ in a block
     n_blocks: int | None = None,  # None: as many as differ
     seed: int = 0,  # of k-means
@@ -118,7 +118,7 @@ def occupy_latents(
     clusters = cluster_kmeans(latents, min(k, len(np.unique(points, axis=0))), seed=seed)
     centers = points[clusters.center_row]
     chosen = np.unique(np.linspace(0, len(centers) - 1, min(40, len(centers))).round().astype(int))
-    placed = place_model(subunits, list(decode(centers[chosen])), resolution=resolution, check_fit=check_fit)
+    placed = place_model(subunits, list(decode(centers[chosen])), resolution=resolution, allow_misfit=allow_misfit)
     fit, ratios = placed.measure(decode(centers))
     calibration, published = calibrate_occupancies(fit), normalize_ratios(ratios)
     presence = calibration.probability if method == "fit" else published
@@ -351,7 +351,7 @@ def measure_run(
     n_classes: int | None = None,  # None: as many as differ in a block
     n_blocks: int | None = None,  # None: as many as differ in more than a twentieth of the particles
     n_volumes: int = 3,  # written for each class
-    check_fit: bool = True,  # refuse a model that does not fit the mean volume
+    allow_misfit: bool = False,  # go on where the model does not fit the mean volume
     invert: bool = False,  # negate the volumes
     flip_hand: bool = False,  # mirror the volumes
     epoch: int | None = None,  # None for the latest
@@ -367,7 +367,7 @@ def measure_run(
     data = run.inputs.get("data", {})
     box = choose_box(data["box"], data["pixel_size"], resolution) if "box" in data else None
     decode, _ = bind_decoder(run, epoch, device=device, box=box, invert=invert, flip_hand=flip_hand)
-    found, placed = occupy_latents(latents, decode, subunits, k=k, all_particles=all_particles, method=method, resolution=resolution, check_fit=check_fit, n_classes=n_classes, n_blocks=n_blocks, seed=seed)
+    found, placed = occupy_latents(latents, decode, subunits, k=k, all_particles=all_particles, method=method, resolution=resolution, allow_misfit=allow_misfit, n_classes=n_classes, n_blocks=n_blocks, seed=seed)
     chosen = {"model": model, "groups": groups, "k": k, "all_particles": all_particles, "method": method, "resolution": resolution, "epoch": epoch, "seed": seed, "invert": invert, "flip_hand": flip_hand}
     tables, folder = tabulate_occupancy(found, latents), run.path / "occupancy"
     with write_atomic(folder) as temporary:
