@@ -81,7 +81,7 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'demo']
+    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
 
 
 @pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
@@ -91,7 +91,7 @@ def test_verbs_that_take_particles_say_how_to_read_them(verb):
         assert option in text
 
 
-@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'subspace', 'train', 'volumes', 'analyze', 'traverse'])
+@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'subspace', 'train', 'volumes', 'analyze', 'traverse', 'converge', 'landscape', 'occupancy'])
 def test_verbs_that_write_volumes_flip_the_hand(verb):
     assert '--flip-hand' in build_parser(verb, verbs[verb]).format_help()
 
@@ -297,6 +297,31 @@ def test_traverse_joins_anchors(recon, trained, tmp_path):
     assert table.particle.iloc[0] == near[0] and table.particle.iloc[-1] == near[1] and len(table) == len(list((tmp_path / 'path').glob('*.mrc')))
 
 
+def test_protocol_in_one_run_folder(recon, trained, star, data, tmp_path):
+    filtered = recon('filter', trained, '--method', 'column', '--columns', 'pc1', '--low', 0, '-o', 'upper', '--device', 'cpu')
+    assert filtered.status == 0, filtered.err
+    upper = Selection.load(trained / 'selections/upper.json')
+    assert 0 < len(upper) < 100 and f'{len(upper)} of 100' in filtered.out
+    exported = recon('export', trained / 'selections/upper.json', '-o', tmp_path / 'own.star')
+    assert exported.status == 0 and read_particles(tmp_path / 'own.star').n_images == len(upper)
+    assert recon('export', trained / 'selections/upper.json', '--to', 'cs', '-o', tmp_path / 'own.cs').status == 0
+
+    landscape = recon('landscape', trained, '--k', 6, '--n-clusters', 2, '--device', 'cpu')
+    assert landscape.status == 0, landscape.err
+    truth = pd.read_csv(data / 'truth.csv')[['particle', 'label']].rename(columns={'label': 'state'})
+    truth.to_csv(tmp_path / 'truth.csv', index=False)
+    assert recon('agree', trained, tmp_path / 'truth.csv').status == 0
+    assert recon('replicate', trained, trained, '--k', 3).status == 0
+
+    confirmed = recon('confirm', trained, '--selection', 'upper', '--device', 'cpu')
+    assert confirmed.status == 0 and re.match(r'confirmed|not confirmed|too few particles', confirmed.out), confirmed.err
+    converged = recon('converge', trained, '--no-umap', '--device', 'cpu')
+    assert converged.status == 0, converged.err
+    page = (trained / 'analysis/0002/report.html').read_text()
+    for title in ('upper', 'andscape', 'onver', 'greement'):
+        assert title in page, title
+
+
 def test_encode_own_and_other_particles(recon, trained, data, tmp_path):
     before = (trained / 'latents/0002.npz').read_bytes()
     done = recon('encode', trained)
@@ -413,6 +438,17 @@ slips = {
     'other particles of another box': ('encode {run} {star} --pixel-size 3.0', ['3', '24', '--pixel-size']),
     'other particles without poses': ('encode {run} {faulty}/particles.mrcs', ['without poses', '--poses']),
     'name that is a path': ('encode {run} {star} --name ../x', ['--name']),
+    'filter by a column that is not there': ('filter {run} --method column --columns pc9 --low 0 -o {new}.json', ['pc9', 'pc1']),
+    'filter without a range': ('filter {run} --method column --columns pc1 -o {new}.json', ['--low', '--high']),
+    'export of nothing': ('export {faulty}/none.json', ['none.json']),
+    'export to another type': ('export {faulty}/other.json --to cs -o {new}.star', ['.cs', '--to']),
+    'landscape of two volumes': ('landscape {run} --k 2', ['three', '2']),
+    'model that is not there': ('occupancy {run} --model {faulty}/none.pdb', ['none.pdb']),
+    'confirm what was not selected': ('confirm {run} --selection nothing', ['nothing', 'selections']),
+    'agree with a table without particles': ('agree {data}/truth.csv {faulty}/z3.csv -o {new}', ['z3.csv', 'particle']),
+    'agree without a landscape or clusters of a table': ('agree {data}/truth.csv {data}/truth.csv', ['-o']),
+    'replicate that is no run': ('replicate {run} {faulty}', ['faulty', 'not a run']),
+    'converge over one epoch': ('converge {run} --epochs 1', ['epoch']),
     'demo into a folder with files': ('demo -o {faulty}', ['faulty', '-o']),
 }
 
