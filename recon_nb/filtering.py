@@ -9,6 +9,7 @@ __all__ = ['tabulate_particles', 'find_odd', 'cluster_latents', 'summarize_quali
 
 # %% ../nbs/52d_filtering.ipynb #6ce094f9
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,13 +249,14 @@ def filter_run(
     data = tabulate_particles(run, epoch, seed=seed, device=device, changes={} if datadir is None else {"data.datadir": datadir})
     if table is not None:
         data = join_table(data, table)
-    own = read_own_rows(run.config.data.particles, run.config.data)
+    reading = run.config.data if datadir is None else replace(run.config.data, datadir=datadir)
+    own = read_own_rows(reading.particles, reading)
     chosen, quality = choose_particles(data, own.n_particles, method, k=k, clusters=clusters, columns=columns, threshold=threshold, low=low, high=high, outline=outline, seed=seed)
     if invert:
         chosen = select_rows(~np.isin(data["particle"], chosen.particles), data["particle"].to_numpy(), own.n_particles, f"not {chosen.reason}")
     chosen = chosen if earlier is None else chosen & earlier
     files = write_choice(path, chosen, own)
-    stack = load_stack(run.config.data.particles, **choose_reading(run.config.data) | ({} if datadir is None else {"datadir": datadir}))
+    stack = load_stack(reading.particles, **choose_reading(reading))
     add_to_report(run, make_filter_section(run, epoch, path.stem, chosen=chosen, table=data, stack=stack, quality=quality, others=others, files=files, seed=seed), epoch=epoch)
     return chosen
 

@@ -197,6 +197,7 @@ def test_clusters_remove_a_fifth_of_junk(mixed, method):
     assert kept[~is_junk].mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_zscore_removes_a_few_edges(tmp_path):
     run, is_junk = make_run(tmp_path, edge=0.03 / 0.97)
     kept = filter_run(run, method='zscore', out='clean', device='cpu').mask
@@ -205,6 +206,7 @@ def test_zscore_removes_a_few_edges(tmp_path):
     assert kept[~is_junk].mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_where_there_is_no_junk(tmp_path):
     run, _ = make_run(tmp_path)
     table = tabulate_particles(run, device='cpu')
@@ -212,6 +214,7 @@ def test_nothing_is_removed_where_there_is_no_junk(tmp_path):
         assert len(choose_particles(table, len(table), method)[0]) >= 0.98 * len(table), method
 
 
+@pytest.mark.slow
 def test_the_same_seed_filters_the_same(mixed):
     run, _ = mixed
     first, second = (filter_run(run, method='gmm', out=f'seed_{i}', seed=3, device='cpu') for i in range(2))
@@ -247,6 +250,7 @@ def test_filters_follow_one_another_and_are_compared(mixed):
     assert counts[counts['second'] & ~counts['first']].empty
 
 
+@pytest.mark.slow
 def test_a_run_of_some_particles_selects_out_of_the_file(mixed, tmp_path):
     run, _ = mixed
     filter_run(run, method='column', columns=['contrast'], low=0.7, out='good', device='cpu')
@@ -259,6 +263,7 @@ def test_a_run_of_some_particles_selects_out_of_the_file(mixed, tmp_path):
     assert set(chosen.particles) | set(rest.particles) == set(good.particles) and not set(chosen.particles) & set(rest.particles)
 
 
+@pytest.mark.slow
 def test_a_homogeneous_run_has_outliers_but_no_clusters(tmp_path):
     simulated = add_junk(simulate_stack(make_phantom('ribosome', 24)[2:], 300, snr=0.3, seed=0), 0.1, kind='noise', seed=0)
     star = write_simulation(tmp_path / 'data', simulated)
