@@ -157,7 +157,7 @@ def format_help(
     option: Option,
 ) -> str:
     "Return the help of an option with its default."
-    text = re.sub(r"[;,]? *\b(?:null|None) (?:=|for) (.*)$", r" (default: \1)", option.help)
+    text = re.sub(r"[;,]? *\b(?:null|None) ?(?:=|for|:) (.*)$", r" (default: \1)", option.help)
     if "(default" not in text and not isinstance(option.default, bool) and option.default not in (..., None, ""):
         text = f"{text} (default: {option.default})"
     return text.strip().replace("%", "%%")
@@ -712,7 +712,9 @@ def traverse_latents(
     run: str,  # run folder
     *,
     out: str,  # folder to make: vol_000.mrc, ..., volumes.csv
-    anchors: list[int],  # particles to visit in order
+    anchors: list[str],  # particles to visit in order: numbers, NAME=NUMBER, or names that --names holds
+    names: str | None = None,  # csv with a column particle, and a column name or another in front, such as a classes.csv
+    bridge: bool = False,  # jump over gaps, where the two sides are nearest, instead of an error
     epoch: int | None = None,  # None = the last
     mean_neighbors: float = 5.0,  # average neighbours of a particle in the graph
     max_neighbors: int = 10,  # most neighbours of a particle in the graph
@@ -722,7 +724,7 @@ def traverse_latents(
     "Generate volumes along the shortest path through particles that joins the anchors."
     from recon_nb.analysis import export_traversal
 
-    export_traversal(run, out, anchors, epoch=epoch, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors, device=device, **volume)
+    export_traversal(run, out, anchors, names=names, bridge=bridge, epoch=epoch, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors, device=device, **volume)
     print(f"{write_z(out)} volumes: {out}")
 
 # %% ../nbs/90_cli.ipynb #1e73228a
