@@ -29,7 +29,7 @@ from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
-from .analysis import Decode, add_to_report, bind_decoder, choose_epoch, plot_log, render_pictures, save_figures, tabulate_points, write_volume_set
+from .analysis import add_to_report, bind_decoder, plot_log, render_pictures, save_figures, tabulate_points, write_volume_set
 from .core import Batch, InputError, Latents, ReconError, RunError, Volume, okabe_ito, write_atomic
 from .datasets import ParticleDataset
 from .encoding import load_others, load_own

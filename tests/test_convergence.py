@@ -56,6 +56,7 @@ def asked(tmp_path_factory):
     return run, simulated, reports, folder
 
 
+@pytest.mark.slow
 def test_verdict_differs_between_too_early_right_and_noise(asked):
     """Proof 5 of the protocol."""
     run, simulated, reports, _ = asked
@@ -65,6 +66,7 @@ def test_verdict_differs_between_too_early_right_and_noise(asked):
     assert 10 <= answers['trained into noise']['epoch'] <= 64
 
 
+@pytest.mark.slow
 def test_verdict_is_right_about_the_truth(asked):
     """What was called early does get better, what was called noise was better at the epoch that is suggested."""
     run, simulated, reports, _ = asked
@@ -73,6 +75,7 @@ def test_verdict_is_right_about_the_truth(asked):
     assert right > early + 0.15 and right > noisy + 0.015 and suggested > noisy + 0.015
 
 
+@pytest.mark.slow
 def test_noise_is_seen_in_the_solvent_too(asked):
     """Where the images are gone, the share of noise in the volumes still tells."""
     run, _, reports, folder = asked
@@ -85,6 +88,7 @@ def test_noise_is_seen_in_the_solvent_too(asked):
     assert states['volumes'] == 'worsening' and states['movement'] == 'settled'
 
 
+@pytest.mark.slow
 def test_unseen_images_agree(asked):
     """Particles that were kept out are predicted worse and worse, and those of the training are refused."""
     run, _, reports, folder = asked
@@ -98,6 +102,7 @@ def test_unseen_images_agree(asked):
         converge_run(run, epochs=[2, 5, 12], umap=False, n_images=10, unseen=str(folder / 'mixed.json'), device='cpu')
 
 
+@pytest.mark.slow
 def test_files_and_report(asked):
     """Every heuristic leaves a table and a figure, the report a section of order 250; a second time gives the same."""
     run, _, reports, _ = asked
@@ -113,6 +118,7 @@ def test_files_and_report(asked):
     assert before == after
 
 
+@pytest.mark.slow
 def test_run_without_images(asked):
     """Images that have moved are no error, unless unseen ones were asked for; loss and volumes decide."""
     run, _, _, folder = asked
