@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tabulate_particles', 'find_odd', 'cluster_latents', 'summarize_quality', 'read_outline', 'choose_particles',
-           'draw_filter', 'draw_examples', 'find_selection', 'prepare_output', 'write_choice', 'filter_run',
-           'join_table', 'make_filter_section', 'pick_particles']
+           'draw_filter', 'draw_examples', 'locate_selection', 'load_selection', 'prepare_output', 'write_choice',
+           'filter_run', 'join_table', 'make_filter_section', 'pick_particles']
 
 # %% ../nbs/52d_filtering.ipynb #6ce094f9
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .analysis import add_to_report, choose_epoch, save_figures
-from .core import InputError, RunError, Selection, okabe_ito
+from .core import InputError, RunError, Selection, okabe_ito, suggest_names
 from .datasets import ParticleStack, load_stack
 from .encoding import load_own
 from .export import read_own_rows, write_selected
@@ -183,13 +183,25 @@ def draw_examples(
     return plot_pictures({name: make_pictures(stack, rows, max(low_pass, 4 * stack.pixel_size)) for name, rows in members.items()}, titles=members)
 
 # %% ../nbs/52d_filtering.ipynb #be285fa1
-def find_selection(
+def locate_selection(
     run: RunFolder,
     name: str | Path,  # bare name of a selection of the run, or a path ending in .json
 ) -> Path:  # .json
-    "Return the file of a selection."
+    "Return where a selection lies, or would lie."
     path = Path(name)
     return path if path.suffix or len(path.parts) > 1 else run.path / "selections" / f"{path.name}.json"
+
+# %% ../nbs/52d_filtering.ipynb #b6ed8be7
+def load_selection(
+    run: RunFolder,
+    name: str | Path,  # bare name of a selection of the run, or a path ending in .json
+) -> Selection:
+    "Load a selection; raise `InputError` naming those that are there where it is not."
+    path = locate_selection(run, name)
+    if path.is_file():
+        return Selection.load(path)
+    known = sorted(other.stem for other in path.parent.glob("*.json"))
+    raise InputError(f"There is no selection {path}; {path.parent} holds {', '.join(known) or 'none'}.{suggest_names(path.stem, known) if known else ''}")
 
 # %% ../nbs/52d_filtering.ipynb #1b8feced
 def prepare_output(
@@ -199,7 +211,7 @@ def prepare_output(
     "Return the file to write a selection to; raise `InputError` where something stands there, `RunError` for a run without a particle file."
     if not run.config.data.particles:
         raise RunError(f"{run.path} was made from images in memory, so there is no particle file to select from; write the images with `write_simulation` first.")
-    path = find_selection(run, out)
+    path = locate_selection(run, out)
     if path.suffix != ".json":
         raise InputError(f"A selection is written as .json; found {path}. Give a bare name, or a path ending in .json.")
     for other in (path, path.with_suffix(".star"), path.with_suffix(".cs")):
@@ -244,8 +256,8 @@ def filter_run(
     "Choose the particles worth keeping; write the selection, the rows of the particle file, and a section of the report."
     run = open_run(run) if not isinstance(run, RunFolder) else run
     epoch, path = choose_epoch(run, epoch), prepare_output(run, out)
-    others = {Path(name).stem: Selection.load(find_selection(run, name)) for name in compare or ()}
-    earlier = None if within is None else Selection.load(find_selection(run, within))
+    others = {Path(name).stem: load_selection(run, name) for name in compare or ()}
+    earlier = None if within is None else load_selection(run, within)
     data = tabulate_particles(run, epoch, seed=seed, device=device, changes={} if datadir is None else {"data.datadir": datadir})
     if table is not None:
         data = join_table(data, table)
