@@ -786,7 +786,7 @@ def converge_run(
     run: str,  # run folder
     **convergence,
 ) -> None:
-    "Say at which epoch the training had converged: loss, latents, and volumes at the crests of the UMAP through the epochs."
+    "Say whether a training has converged and which epoch to use, by its loss, latents, volumes through the epochs, and images."
     from recon_nb import convergence as page
 
     print(f"report: {page.converge_run(run, **convergence)}")

@@ -8,8 +8,8 @@ __all__ = ['to_points', 'name_rows', 'choose_colors', 'PCAResult', 'run_pca', 'p
            'summarize_clusters', 'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'count_support',
            'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'bridge_gap', 'explain_gap',
            'plot_support', 'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy', 'plot_points',
-           'plot_density', 'plot_histogram', 'mark_points', 'finish_volume', 'decode_points', 'generate_volumes',
-           'make_montage', 'plot_montage']
+           'plot_density', 'plot_histogram', 'mark_points', 'import_plotly', 'finish_volume', 'decode_points',
+           'generate_volumes', 'make_montage', 'plot_montage']
 
 # %% ../nbs/50_latent.ipynb #c6253c21
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .core import InputError, Latents, NumericalError, Volume, okabe_ito, suggest_names
+from .core import ConfigError, InputError, Latents, NumericalError, Volume, okabe_ito, suggest_names
 from .volumes import flip_hand as mirror_volume
 from .volumes import low_pass as low_pass_volume
 
@@ -619,6 +619,15 @@ def mark_points(
         text = str(number) if texts is None else texts[number]
         ax.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, path_effects=[withStroke(linewidth=2, foreground="white")])
     return ax
+
+# %% ../nbs/50_latent.ipynb #ac54a0fa
+def import_plotly():
+    "Return `plotly.graph_objects`; raise `ConfigError` where plotly is not installed."
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise ConfigError("Interactive pictures need plotly: pip install plotly anywidget ipywidgets.") from error
+    return go
 
 # %% ../nbs/50_latent.ipynb #49600851
 def finish_volume(

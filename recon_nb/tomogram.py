@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['particle_columns', 'matrix_columns', 'check_particles', 'compute_orientations', 'join_labels', 'Tomogram',
            'open_tomogram', 'choose_tomogram', 'SliceView', 'view_slice', 'Coloring', 'color_particles', 'plot_slice',
-           'add_color_key', 'find_in_polygon', 'make_slice_figure', 'import_plotly', 'ContextViewer', 'show_context',
+           'add_color_key', 'find_in_polygon', 'make_slice_figure', 'ContextViewer', 'show_context',
            'make_slice_surface', 'group_colors', 'make_particle_traces', 'make_scene_figure', 'find_neighbors',
            'plot_neighbor_distances', 'plot_neighbor_directions', 'count_classes', 'plot_composition',
            'write_context_page', 'draw_context', 'write_context', 'compute_placements', 'format_matrix',
@@ -33,10 +33,10 @@ from matplotlib.patheffects import withStroke
 from scipy.spatial import cKDTree
 
 from .analysis import bind_decoder, choose_epoch, find_latent_rows, require_new_folder, tabulate_points
-from .core import ConfigError, InputError, Latents, okabe_ito, suggest_names, write_atomic
+from .core import InputError, Latents, okabe_ito, suggest_names, write_atomic
 from .datasets import load_stack
 from .files import ParticleTable, read_mrc_header, write_volume
-from .latent import choose_colors, cluster_kmeans, find_nearest_rows, to_points
+from .latent import choose_colors, cluster_kmeans, find_nearest_rows, import_plotly, to_points
 from .runs import RunFolder, choose_reading, open_run
 from .so3 import euler_to_matrix, plot_view_directions
 
@@ -322,15 +322,6 @@ def make_slice_figure(
         "width": 760, "height": int(140 + 620 * min(height / width, 1.3)), "margin": {"l": 60, "r": 10, "t": 50, "b": 50},
     }
     return go.Figure(traces, layout)
-
-# %% ../nbs/60_tomogram.ipynb #52fcc4da
-def import_plotly():
-    "Return `plotly.graph_objects`; raise `ConfigError` where plotly is not installed."
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise ConfigError("Interactive pictures need plotly: pip install plotly anywidget ipywidgets.") from error
-    return go
 
 # %% ../nbs/60_tomogram.ipynb #e42d40c9
 class ContextViewer:
