@@ -19,7 +19,7 @@ LAYERS = [
     [['files'], ['datasets'], ['simulate']],
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['ppca']],
-    [['runs'], ['training'], ['search'], ['abinit', 'subspace']],
+    [['runs'], ['training'], ['search'], ['refinement'], ['diagnosis'], ['solver'], ['abinit', 'subspace']],
     [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram'], ['confirm', 'agreement']],
     [['cli']],
 ]
