@@ -789,7 +789,9 @@ def converge_run(
     "Say whether a training has converged and which epoch to use, by its loss, latents, volumes through the epochs, and images."
     from recon_nb import convergence as page
 
-    print(f"report: {page.converge_run(run, **convergence)}")
+    report = page.converge_run(run, **convergence)
+    found = json.loads((report.parent / "convergence" / "verdict.json").read_text())
+    print("\n".join([found["words"], *(f"  {one['name']:9} {one['state']:9} {one['words']}" for one in found["heuristics"]), f"report: {report}"]))
 
 # %% ../nbs/90_cli.ipynb #3a50f3d8
 def filter_particles(
@@ -839,7 +841,7 @@ def measure_subunits(
     "Measure how much of every subunit of an atomic model each volume holds, and divide volumes into classes and subunits into blocks."
     from recon_nb.occupancyrun import measure_run
 
-    print(f"report: {measure_run(run, model=model, **occupancy)}")
+    print(f"tables, figures and scenes, also in the run's report: {measure_run(run, model=model, **occupancy)}")
 
 # %% ../nbs/90_cli.ipynb #a0f2a4d1
 def confirm_state(
