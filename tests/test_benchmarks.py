@@ -215,3 +215,16 @@ def test_tilt_ablations_are_measured_one_by_one(toy_s3, tmp_path):
     both = pd.read_csv(tmp_path / "tilt_ablations.csv", dtype={"value": str})
     pd.testing.assert_frame_equal(both[both.ablation == "poses"].reset_index(drop=True), first)
     assert set(both.ablation) == {"poses", "dose"}
+
+
+@pytest.mark.slow
+def test_landscape_of_known_occupancy_at_toy_size(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, root / "benchmarks/assembly.py", tmp_path / "data", "--quick", "--conditions", "clean", "-o", tmp_path / "found.csv"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(tmp_path / "found.csv").iloc[0]
+    assert found.auroc_calibrated > 0.95 and found.auroc_calibrated_states > 0.95
+    assert found.brier_calibrated < min(found.brier_raw, found.brier_published) / 2
+    assert found.minor_recall > 0.5 and found.minor_purity > 0.5 and found.minor_particles == 24
+    assert found.ratio_minor < 0.4 and found.ratio_neighbor > 0.8  # truth .01 and .99
+    assert (tmp_path / "assembly_clean_0.png").exists()
