@@ -236,6 +236,34 @@ def test_scripts_open_files_that_are_there(phantom_run):
     assert len(list((run.path / "selections").glob("occupancy_*.json"))) == len(scripts) - 1
 
 
+def test_selections_of_the_user_stay(phantom_run):
+    """Only the selections of the last measurement are replaced; nothing changes where the particle file is gone."""
+    run, model, assembly, _ = phantom_run
+    folder = measure_run(run, model=[str(model)], k=20, resolution=24.0, n_volumes=1)
+    selections = run.path / "selections"
+    user = selections / "occupancy_good.json"
+    Selection([3, 5], 2000, "good ones").save(user)
+    (selections / "occupancy_0.star").write_text("of class 0\n")
+    before = {path: path.read_bytes() for path in [*selections.iterdir(), *folder.glob("*.csv")]}
+    particles = Path(run.config.data.particles)
+    particles.rename(particles.with_name("away.star"))
+    try:
+        with pytest.raises(InputError):
+            measure_run(run, model=[str(model)], k=10, resolution=24.0, n_volumes=1)
+    finally:
+        particles.with_name("away.star").rename(particles)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    Selection([3], 2000, "of the user").save(selections / "occupancy_99.json")
+    with pytest.raises(InputError, match="another name"):
+        measure_run(run, model=[str(model)], k=10, resolution=24.0)
+    (selections / "occupancy_99.json").unlink()
+    measure_run(run, model=[str(model)], k=10, resolution=24.0, n_volumes=1)
+    assert user.read_bytes() == before[user]
+    assert not (selections / "occupancy_0.star").exists()
+    assert len(list(selections.glob("occupancy_*.json"))) == len(pd.read_csv(folder / "classes.csv")) + 1
+    user.unlink()
+
+
 @pytest.mark.slow
 def test_every_particle_is_measured(phantom_run):
     """Labels that particles have by themselves are at least as right as those of their clusters; groups and the ratio work."""
