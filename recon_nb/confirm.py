@@ -7,14 +7,16 @@ __all__ = ['Groups', 'choose_groups', 'walk_images', 'predict_images', 'measure_
            'compare_amplitudes', 'sum_blocks', 'MapTest', 'correlate_parts', 'crop_volume', 'find_difference',
            'simulate_latents', 'fit_shares', 'count_arrivals', 'Verdict', 'judge_selection', 'measure_density',
            'load_images', 'find_selected_rows', 'Claim', 'decode_groups', 'expect_arrivals', 'draw_maps', 'plot_null',
-           'draw_evidence', 'compute_densities', 'measure_resolution', 'Confirmation', 'examine_groups',
-           'write_confirmation', 'confirm_selection', 'make_confirmation_section', 'read_verdict']
+           'label_resolutions', 'draw_evidence', 'low_pass_to', 'compute_densities', 'measure_resolution',
+           'Confirmation', 'examine_groups', 'blank_unknown', 'export_rows', 'write_confirmation', 'confirm_selection',
+           'make_confirmation_section', 'read_verdict']
 
 # %% ../nbs/54_confirm.ipynb #9e4fc4b3
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -30,9 +32,10 @@ from .analysis import add_to_report, choose_epoch, find_latent_rows, require_new
 from .backprojection import BackprojectionResult, FourierSums, add_batch, compute_constant_ridge, compute_grid_shells, solve_map
 from .consensus import backproject_stack, write_consensus
 from .core import Batch, InputError, Latents, Poses, RunError, Selection, Volume, make_generator, okabe_ito, write_atomic
-from .datasets import ParticleDataset, ParticleStack
+from .datasets import ParticleDataset
 from .encoding import load_own
-from .files import CryosparcSource, read_volume, write_particles, write_volume
+from .export import read_own_rows, write_selected
+from .files import CryosparcSource, read_volume, write_volume
 from .filtering import load_selection
 from .fourier import Lattice, average_shells, fourier_crop
 from .fsc import FSCCurve, compute_fsc, correct_fsc, find_resolution, plot_fsc, write_fsc
@@ -40,7 +43,7 @@ from .imaging import compute_slice_coords, extract_slices, shift_images, symmetr
 from .latent import cluster_kmeans, find_nearest_rows, generate_volumes
 from .models import PreparedImages, ReconstructionModel
 from .report import Section, render_facts, render_table, render_text, render_warnings
-from .runs import RunFolder, open_run, write_json
+from .runs import DataConfig, RunFolder, open_run, write_json
 from .training import choose_encoded, load_model
 from .volumes import check_same_grid, correlate_volumes, low_pass, make_mask
 
@@ -322,6 +325,7 @@ class Verdict:
     correlation: float  # of the differences in maps
     correlation_null: float  # the largest among random parts
     arrivals: float  # particles that noise alone would bring into the selection
+    own: float  # correlation of the selection's map with what the decoder draws of it
     resolution: float  # Å, of the half-maps at FSC .143; NaN where they agree nowhere
 
 # %% ../nbs/54_confirm.ipynb #7d34fb93
@@ -333,6 +337,7 @@ def judge_selection(
     n_selected: int,
     n_neighbors: int,
     arrivals: float,  # particles
+    own: float,  # correlation of the selection's map with what the decoder draws of it
     resolution: float,  # Å, NaN where the half-maps agree nowhere
     min_particles: int = 25,  # fewer are not judged
 ) -> Verdict:
@@ -340,7 +345,7 @@ def judge_selection(
     spread = float(null.std())
     p_value = (1 + int((null >= amplitude).sum())) / (1 + len(null))
     highest = float(maps.null.max())
-    share, needed = arrivals / n_selected, int(np.ceil(max(min_particles, n_selected * (3 * spread) ** 2)))
+    share, needed = arrivals / n_selected, int(np.ceil(max(min_particles, n_selected * (3 * spread / max(amplitude, 1 - amplitude)) ** 2)))
     against, few = [], []
     if n_selected < min_particles:
         few.append(f"{n_selected} particles are not judged; select {min_particles} or more.")
@@ -356,12 +361,15 @@ def judge_selection(
         against.append(f"The images show {amplitude:.2f} of the difference that the decoder draws (random parts: 0 ± {spread:.2f}).")
     if maps.correlation <= highest:
         against.append(f"The map of the selection shows it no better (correlation {maps.correlation:.2f}) than that of a random part (up to {highest:.2f}).")
+    if not own >= 0.5:
+        against.append(f"The map of the selection is not what the decoder draws of it (correlation {own:.2f}): they differ from their neighbours, but may show no particle at all.")
     good = [f"The images show {amplitude:.2f} of the difference that the decoder draws (random parts: 0 ± {spread:.2f}).",
             f"Backprojected maps show it with a correlation of {maps.correlation:.2f} (random parts: up to {highest:.2f}).",
+            f"The map of the selection agrees with what the decoder draws of it (correlation {own:.2f}).",
             f"Noise alone would bring {arrivals:.0f} of the other particles here; {n_selected} were selected."]
     is_few = bool(few) and (n_selected < min_particles or share < 0.5)
     verdict, reasons = ("too few particles", few) if is_few else ("not confirmed", against + few) if against else ("confirmed", good)
-    return Verdict(verdict, tuple(reasons), n_selected, n_neighbors, float(amplitude), spread, p_value, maps.correlation, highest, arrivals, resolution)
+    return Verdict(verdict, tuple(reasons), n_selected, n_neighbors, float(amplitude), spread, p_value, maps.correlation, highest, arrivals, own, resolution)
 
 # %% ../nbs/54_confirm.ipynb #7abe1be4
 def measure_density(
@@ -379,9 +387,10 @@ def measure_density(
 def load_images(
     run: RunFolder,
     epoch: int,
+    changes: Mapping[str, Any] = MappingProxyType({}),  # settings that differ on this machine, e.g. {"data.datadir": folder}
 ) -> ParticleDataset:
     "Read the images of a run, with its refined poses; raise `RunError` where they are not those that it began with."
-    dataset = load_own(run, {"data.in_memory": False})  # only some of the images are wanted
+    dataset = load_own(run, {**changes, "data.in_memory": False})  # only some of the images are wanted
     if (run.path / "poses").is_dir():
         poses, source_row = run.load_poses(epoch)
         order = torch.argsort(source_row)
@@ -499,6 +508,20 @@ def plot_null(
     return ax
 
 # %% ../nbs/54_confirm.ipynb #9292777e
+def label_resolutions(
+    ax: Axes,  # with one line for each curve, drawn in their order
+    curves: Mapping[str, FSCCurve],  # by name
+) -> None:
+    "Put a legend beside the curves, with the resolution at 0.5 against a map of the decoder and at 0.143 between half-maps."
+    labels = []
+    for name, curve in curves.items():
+        threshold = 0.5 if name == "map to decoder" else 0.143
+        found = find_resolution(curve, threshold)
+        reached = f"{'' if found.crossed else '≤ '}{found.angstrom:.3g} Å" if found.angstrom <= found.box_angstrom else "nowhere"
+        labels.append(f"{name}\n{reached} at {threshold:g}")
+    ax.legend(ax.get_lines()[: len(labels)], labels, frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.08, 0.5))
+
+# %% ../nbs/54_confirm.ipynb #ed3a5dd8
 def draw_evidence(
     table: pd.DataFrame,  # (n rows) group, amplitude, weight
     null: np.ndarray,  # (n_draws,) amplitudes of random parts
@@ -508,7 +531,7 @@ def draw_evidence(
     curves: Mapping[str, Any],  # FSCCurve by name
 ) -> Figure:
     "Draw amplitudes, both tests against random parts, and the FSC."
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     (each, whole), (map_axis, fsc_axis) = figure.subplots(2, 2)
     low, high = np.percentile(table["amplitude"], [0.1, 99.9])
     for color, (group, part) in zip((okabe_ito[0], okabe_ito[3]), table.groupby("group"), strict=False):
@@ -517,10 +540,18 @@ def draw_evidence(
     each.legend(frameon=False, fontsize="small", loc="upper center", ncols=2)
     plot_null(null, verdict.amplitude, "amplitude: selection less neighbours", ax=whole)
     plot_null(maps.null, maps.correlation, f"correlation of map differences ({maps.box} px)", ax=map_axis)
-    plot_fsc(curves, ax=fsc_axis)
+    label_resolutions(plot_fsc(curves, ax=fsc_axis), curves)
     return figure
 
 # %% ../nbs/54_confirm.ipynb #8fcbeb98
+def low_pass_to(
+    volume: Volume,  # (D, D, D)
+    resolution: float,  # Å; NaN for none
+) -> Volume:  # (D, D, D)
+    "Return a volume without what lies beyond a resolution; unchanged where there is none, or none that the voxels reach."
+    return low_pass(volume, resolution) if np.isfinite(resolution) and resolution > 2 * volume.pixel_size else volume
+
+# %% ../nbs/54_confirm.ipynb #cbd5c90b
 def compute_densities(
     maps: Mapping[str, Volume],  # by name, (D, D, D)
     claim: Claim,
@@ -528,7 +559,7 @@ def compute_densities(
     resolution: float = float("nan"),  # Å, to which maps are low-passed; NaN for none
 ) -> pd.DataFrame:  # one row a region, one column a map
     "Tabulate the density in the mask and where the decoder draws a loss or a gain, over that of the rest of the particle."
-    smooth = lambda volume: low_pass(volume, resolution) if np.isfinite(resolution) and resolution > 2 * volume.pixel_size else volume
+    smooth = lambda volume: low_pass_to(volume, resolution)
     difference = smooth(claim.difference)
     large = find_difference(difference).data
     regions = {} if mask is None else {"mask": mask}
@@ -596,7 +627,8 @@ def examine_groups(
     small = min(box, 64, max(16, 2 * int(np.ceil(edge / resolution)) if np.isfinite(resolution) else 16))
     maps = correlate_parts(dataset, selected, neighbors, claim.difference, box=small, dose=dose, device=device, seed=seed)
     arrivals = expect_arrivals(model, dataset if view is None else view, latents, groups.selected, noise=noise, others=others, seed=seed)
-    verdict = judge_selection(found, null, maps, n_selected=len(selected), n_neighbors=len(neighbors), arrivals=arrivals, resolution=resolution)
+    own = correlate_volumes(*(low_pass_to(volume, resolution) for volume in (results[0].map, claim.selected)))
+    verdict = judge_selection(found, null, maps, n_selected=len(selected), n_neighbors=len(neighbors), arrivals=arrivals, own=own, resolution=resolution)
     rescale = lambda volume: replace(volume, data=volume.data * dataset.scale)
     claim = Claim(rescale(claim.selected), rescale(claim.neighbors))
     curves["map to decoder"] = compute_fsc(results[0].map, claim.selected)
@@ -605,13 +637,31 @@ def examine_groups(
     return Confirmation(verdict, claim, *results, curves, particles, null, maps, compute_densities(volumes, claim, mask, resolution))
 
 # %% ../nbs/54_confirm.ipynb #e348a61e
+def blank_unknown(
+    record: Mapping[str, Any],  # plain values by name
+) -> dict[str, Any]:  # ready for JSON
+    "Return a record with None in place of what is not a finite number."
+    return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in record.items()}
+
+# %% ../nbs/54_confirm.ipynb #7f24714c
+def export_rows(
+    folder: Path,
+    particles: np.ndarray,  # (n,) int64, in the file
+    reading: DataConfig,  # how the run reads the file
+) -> None:
+    "Write the rows of particles of the user's own file as particles.star, and as particles.cs where the file is one; nothing where the run has no file."
+    if reading.particles:
+        own = read_own_rows(reading.particles, reading)
+        for suffix in (".star", ".cs") if isinstance(own.source, CryosparcSource) else (".star",):
+            write_selected(folder / f"particles{suffix}", own, Selection(np.sort(particles), own.n_particles, "given to recon confirm"))
+
+# %% ../nbs/54_confirm.ipynb #59122823
 def write_confirmation(
     folder: Path,  # to make; replaced where it exists
     found: Confirmation,
-    stack: ParticleStack,  # all images of the run
     facts: Mapping[str, Any],  # what else confirmation.json shall say
 ) -> str:  # HTML of the figures
-    "Write maps, tables, figures and the star file of the selected particles."
+    "Write maps, tables and figures."
     with write_atomic(folder) as temporary:
         temporary.mkdir()
         for name in ("selected", "neighbors"):
@@ -622,12 +672,8 @@ def write_confirmation(
         found.densities.to_csv(temporary / "densities.csv", index=False, float_format="%.6g")
         draws = {"amplitude": found.null, "correlation": found.maps.null}
         pd.DataFrame({name: pd.Series(values) for name, values in draws.items()}).to_csv(temporary / "random_parts.csv", index=False, float_format="%.6g")
-        write_json(temporary / "confirmation.json", {**asdict(found.verdict), **facts, "densities": found.densities.to_dict("records")})
-        if stack.table is not None:
-            chosen = torch.isin(stack.particle, torch.as_tensor(found.particles["particle"][found.particles["group"] == "selected"].to_numpy(copy=True)))
-            rows = np.sort(stack.source_row[chosen].numpy())
-            for suffix in (".star", ".cs") if isinstance(stack.table.source, CryosparcSource) else (".star",):
-                write_particles(temporary / f"particles{suffix}", stack.table, rows)
+        densities = [blank_unknown(record) for record in found.densities.to_dict("records")]
+        write_json(temporary / "confirmation.json", {**blank_unknown(asdict(found.verdict)), **facts, "densities": densities})
         drawn = {
             "maps.png": (draw_maps(found.claim, found.selected.map, found.neighbors.map), "Selection and neighbours, as the decoder draws them and as their images reconstruct."),
             "evidence.png": (draw_evidence(found.particles, found.null, found.maps, verdict=found.verdict, curves=found.curves),
@@ -635,7 +681,7 @@ def write_confirmation(
         }
         return save_figures(temporary, drawn)
 
-# %% ../nbs/54_confirm.ipynb #e1173515
+# %% ../nbs/54_confirm.ipynb #036b600f
 def confirm_selection(
     run: RunFolder | Path | str,
     *,
@@ -645,6 +691,7 @@ def confirm_selection(
     n_neighbors: int | None = None,  # how many nearest particles; None for ten times the selection
     out: str | None = None,  # folder to make; None for analysis/EEEE/confirmation/NAME, replaced where it exists
     epoch: int | None = None,  # None for the latest
+    datadir: str | None = None,  # folder of the image stacks where they have moved
     seed: int = 0,  # of random parts
     device: str = "auto",  # where to compute
 ) -> Path:  # the folder, with confirmation.json
@@ -655,7 +702,7 @@ def confirm_selection(
     epoch = choose_epoch(run, epoch)
     name, chosen = Path(selection).stem, load_selection(run, selection)
     folder = run.analysis_dir(epoch) / "confirmation" / name if out is None else require_new_folder(out)
-    latents, dataset, model = run.load_latents(epoch), load_images(run, epoch), load_model(run, epoch, device=device)
+    latents, dataset, model = run.load_latents(epoch), load_images(run, epoch, {} if datadir is None else {"data.datadir": datadir}), load_model(run, epoch, device=device)
     rows, others = find_selected_rows(latents, chosen, dataset, name), None
     if against is not None:
         other_name, other = Path(against).stem, load_selection(run, against)
@@ -669,7 +716,8 @@ def confirm_selection(
         "selection": name, "reason": chosen.reason, "against": against or "nearest particles", "epoch": epoch, "seed": seed,
         "median_particle": int(latents.particle[groups.median]), "without_latents": len(chosen) - len(rows),
     }
-    figures = write_confirmation(folder, found, dataset.stack, facts)
+    figures = write_confirmation(folder, found, facts)
+    export_rows(folder, latents.particle.cpu().numpy()[rows], replace(run.config.data, datadir=datadir or run.config.data.datadir))
     add_to_report(run, make_confirmation_section(name, found, figures), epoch=epoch)
     return folder
 
@@ -686,7 +734,7 @@ def make_confirmation_section(
     facts = {
         "particles selected": verdict.n_selected, "particles to compare with": verdict.n_neighbors, "amplitude in the images": verdict.amplitude, "spread of random parts": verdict.amplitude_spread,
         "share of random parts that reach it": verdict.amplitude_p, "correlation of map differences": verdict.correlation, "largest of random parts": verdict.correlation_null,
-        "arrivals by noise alone": verdict.arrivals, "resolution of the half-maps, Å": verdict.resolution,
+        "arrivals by noise alone": verdict.arrivals, "correlation of the selection's map with its decoded volume": verdict.own, "resolution of the half-maps, Å": verdict.resolution,
     }
     table = render_text("Density over that of the rest of the particle:") + render_table(found.densities) if len(found.densities) else ""
     return Section(f"Confirmation of {name}", said + reasons + render_facts(facts) + table + figures, order=650)
@@ -698,4 +746,4 @@ def read_verdict(
     "Read a verdict back."
     content = json.loads((Path(folder) / "confirmation.json").read_text())
     numbers = {name: content[name] for name in Verdict.__dataclass_fields__}
-    return Verdict(**{**numbers, "reasons": tuple(numbers["reasons"]), "resolution": float("nan") if numbers["resolution"] is None else numbers["resolution"]})
+    return Verdict(**{name: tuple(value) if name == "reasons" else float("nan") if value is None else value for name, value in numbers.items()})

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from recon_nb.assemblies import make_phantom_assembly, simulate_assembly_volumes
+from recon_nb import confirm
+from recon_nb.assemblies import add_junk, make_phantom_assembly, simulate_assembly_volumes
 from recon_nb.confirm import confirm_selection, find_difference, read_verdict
-from recon_nb.core import InputError, RunError, Selection
+from recon_nb.core import InputError, MissingStackError, RunError, Selection
+from recon_nb.export import export_selection
 from recon_nb.files import read_particles, read_volume, write_volume
 from recon_nb.latent import cluster_kmeans
 from recon_nb.runs import make_config, open_run
@@ -83,6 +85,9 @@ def test_minor_state_is_confirmed(run, labels, maps):
     assert 'Confirmation of minor' in page and 'minor: confirmed.' in page
     ours, file = read_particles(folder / 'particles.star'), read_particles(run.path.parent / 'data' / 'particles.star')
     assert ours.rows['slice'].tolist() == file.rows['slice'].to_numpy()[np.sort(chosen)].tolist()
+    exported = export_selection(run.path / 'selections' / 'minor.json', out=str(run.path.parent / 'minor.star'))
+    assert (folder / 'particles.star').read_text() == exported.read_text()  # one way to write rows
+    assert verdict.own > 0.8  # the maps of thirty particles correlate by 0.86
     again = judge(run, 'minor', against='mature', mask=str(run.path.parent / 'mask.mrc'))[1]
     assert again == verdict  # the same seed, the same numbers
 
@@ -123,6 +128,36 @@ def test_clusters_of_noise_are_not_confirmed(maps, tmp_path):
     for name, rows in tried.items():
         verdict = judge(alike, select(alike, name, rows, 1200))[1]
         assert verdict.verdict != 'confirmed', (name, verdict)
+
+
+def test_edges_are_not_confirmed(maps, tmp_path):
+    """Images of no particle differ from their neighbours as much as the decoder says, yet their own map is empty."""
+    names_all = ['a', 'mature', 'minor']
+    simulated = add_junk(simulate_stack([maps[name] for name in names_all], 1000, weights=[0.4, 0.5, 0.1], names=names_all, snr=0.5, seed=0), 0.06, kind='edge')
+    edges = run_subspace(tmp_path / 'run', make_config(str(write_simulation(tmp_path / 'data', simulated)), changes=linear), device='cpu')
+    truth = pd.read_csv(tmp_path / 'data' / 'truth.csv')['name'].to_numpy()
+    n_total = len(truth)
+    verdict = judge(edges, select(edges, 'edges', np.flatnonzero(truth == 'edge'), n_total))[1]
+    assert verdict.verdict == 'not confirmed' and verdict.own < 0.3 and 'no particle' in ' '.join(verdict.reasons), verdict
+    (tmp_path / 'moved').mkdir()
+    for stack in (tmp_path / 'data').glob('*.mrcs'):
+        stack.rename(tmp_path / 'moved' / stack.name)
+    select(edges, 'minor', np.flatnonzero(truth == 'minor'), n_total)
+    with pytest.raises(MissingStackError):
+        judge(edges, 'minor')
+    verdict = judge(edges, 'minor', datadir=str(tmp_path / 'moved'))[1]
+    assert verdict.verdict == 'confirmed' and verdict.own > 0.8, verdict
+
+
+def test_what_could_not_be_measured_is_written(run, labels, monkeypatch):
+    """Half-maps that agree nowhere and densities without a value are null in the file and NaN in the verdict."""
+    measure = confirm.measure_resolution
+    monkeypatch.setattr(confirm, 'measure_resolution', lambda *args: (measure(*args)[0], float('nan')))
+    monkeypatch.setattr(confirm, 'measure_density', lambda *args: float('nan'))
+    folder, verdict = judge(run, select(run, 'nowhere', np.flatnonzero(labels == 3)))
+    assert verdict.verdict == 'too few particles' and 'agree nowhere' in verdict.reasons[0] and np.isnan(verdict.resolution)
+    content = json.loads((folder / 'confirmation.json').read_text())
+    assert content['resolution'] is None and content['densities'] and all(record['selected'] is None for record in content['densities'])
 
 
 def test_too_few_particles_say_so(run, labels):
