@@ -470,8 +470,8 @@ def explain_gap(
     for more in range(int(graph.mean_neighbors) + 1, most + 1):
         wider = build_neighbor_graph(points, mean_neighbors=more, max_neighbors=most).component
         if wider[start] == wider[end]:
-            return text + f" With an average of {more} neighbours they connect; or choose anchors within one component, or jump over the gap (bridge)."
-    return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, choose anchors within one component, or jump over the gap (bridge)."
+            return text + f" With an average of {more} neighbours they connect; or choose anchors within one component, or jump over the gap (`--bridge`)."
+    return text + f" Not even {most} neighbours for all connect them: raise the largest number of neighbours, choose anchors within one component, or jump over the gap (`--bridge`)."
 
 # %% ../nbs/50_latent.ipynb #f9c12078
 def plot_support(

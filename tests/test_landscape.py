@@ -19,7 +19,7 @@ from recon_nb.analysis import analyze_run, export_traversal, export_volumes, wri
 from recon_nb.core import InputError, Volume
 from recon_nb.files import read_volume, write_volume
 from recon_nb.fourier import Lattice
-from recon_nb.landscape import compute_landscape, map_landscape, run_volume_pca, store_voxels
+from recon_nb.landscape import compute_landscape, map_landscape, run_volume_pca, store_voxels, write_landscape
 from recon_nb.latent import build_neighbor_graph, count_support, find_support_floor, generate_volumes, traverse_graph, traverse_pc
 from recon_nb.runs import create_run, make_config
 
@@ -211,6 +211,35 @@ def test_landscapes_that_cannot_be_made_are_refused(tmp_path):
         map_landscape(run, k=5, n_clusters=6, mask=write_ball(tmp_path / 'ball.mrc', 16, 4.0), device='cpu')
     with pytest.raises(InputError, match='homogeneous'):
         map_landscape(make_run(tmp_path / 'one', zdim=0))
+
+
+def test_a_dark_volume_costs_neither_the_landscape_nor_the_mask(tmp_path):
+    """One junk particle in a hundred has a dark volume: the mask does without it, and the report names it."""
+    rng, model = np.random.default_rng(0), Blobs(12)
+    latents = make_latents(np.concatenate([rng.normal(size=(60, 2)) * 0.05, [[20.0, 20.0]]]))
+    junk = lambda points: (Volume(-v.data, v.pixel_size) if z[0] > 5 else v for z, v in zip(points, generate_volumes(model, points)))  # noqa: E731
+    found, pictures = compute_landscape(tmp_path, latents, junk, k=12)
+    [number] = found.dark
+    assert found.points.z0[number] > 5
+    section = write_landscape(tmp_path, found, pictures)
+    assert f'for want of a bright particle, as junk is: 1 of 12 volumes (vol_{number:03d}.mrc)' in section.html
+    with pytest.raises(InputError, match='12 of 12 volumes show no bright particle'):
+        compute_landscape(tmp_path / 'dark', latents, lambda points: generate_volumes(model, points, invert=True), k=12)
+
+
+def test_a_landscape_appears_whole_or_not_at_all(tmp_path):
+    """Options that cannot be met are refused before anything is decoded or written; r2 that is not known is null."""
+    run = make_run(tmp_path / 'run', zdim=2, latents=make_latents(np.random.default_rng(0).normal(size=(30, 2))))
+    mask = write_ball(tmp_path / 'mask.mrc', 16, 4.0)
+    folder = map_landscape(run, k=5, mask=mask, device='cpu').parent / 'landscape'
+    assert json.loads((folder / 'settings.json').read_text(), parse_constant=pytest.fail)['r2'] is None
+    list_files = lambda: {p: p.read_bytes() for p in folder.parent.rglob('*') if p.is_file()}  # noqa: E731
+    before = list_files()
+    for wrong in ({'k': 10, 'n_clusters': 50}, {'n_clusters': 0}, {'mask': write_ball(tmp_path / 'small.mrc', 12, 4.0)}, {'mask': write_ball(tmp_path / 'wide.mrc', 16, 5.0)}):
+        with pytest.raises(InputError):
+            map_landscape(run, **{'k': 6, 'mask': mask, 'device': 'cpu', **wrong})
+        assert list_files() == before
+    assert sorted(p.name for p in folder.parent.iterdir() if p.name.startswith('.')) == []
 
 
 # ---------------------------------------------------------------- agreement
