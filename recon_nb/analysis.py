@@ -9,7 +9,7 @@ __all__ = ['Decode', 'fact_names', 'write_volume_set', 'save_montages', 'find_la
            'write_map', 'collect_warnings', 'inspect_run', 'make_data_section', 'make_settings_section', 'plot_log',
            'make_training_section', 'make_subspace_section', 'choose_epoch', 'bind_decoder', 'analyze_run',
            'add_to_report', 'clear_optional', 'format_command', 'export_volumes', 'require_new_folder', 'read_anchors',
-           'read_csv', 'export_traversal']
+           'find_named_particle', 'read_csv', 'export_traversal']
 
 # %% ../nbs/50b_analysis.ipynb #7235238a
 import json
@@ -321,7 +321,8 @@ def write_path(
         warnings.append(f"The path jumps {n_jumps} times over a gap: the data hold no particles in between, and the volumes on its two sides are no evidence of a way from one to the other.")
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     plot_support(path, ax=figure.subplots())
-    drawn = {"support.png": (figure, "Support along the path; the dotted line is the bound of poor support.")}
+    caption = "Support along the path; the dotted line is the bound of poor support" + ("; a dashed line is a jump over a gap." if n_jumps else ".")
+    drawn = {"support.png": (figure, caption)}
     return (render_warnings(warnings) if warnings else "") + save_figures(Path(folder), drawn) + render_pictures(pictures)
 
 # %% ../nbs/50b_analysis.ipynb #48b42c5d
@@ -630,21 +631,38 @@ def read_anchors(
     names: Path | str | None = None,  # csv with a column particle, and a column name or another in front
 ) -> tuple[list[int], list[str]]:  # particles; what the user calls them
     "Return the particles that anchors mean; raise `InputError` for a word that means none."
-    known = {}
+    table, known = None, []
     if names is not None:
         table = read_csv(names)
         others = [column for column in table.columns if column != "particle"]
         if len(others) == len(table.columns) or not others:
             raise InputError(f"{names} names no anchors: expected a column particle and one with names; found {', '.join(table.columns)}.")
-        known = dict(zip(table["name" if "name" in others else others[0]].astype(str), table["particle"].astype(int)))
+        known = table["name" if "name" in others else others[0]].astype(str).tolist()
     particles, labels = [], []
     for word in map(str, anchors):
         label, _, number = word.rpartition("=")
         if word not in known and not number.isdecimal():
             raise InputError(f'"{word}" is no anchor: give a particle, NAME=PARTICLE, or a name in a table (--names).' + (suggest_names(word, known) if known else ""))
-        particles.append(known[word] if word in known else int(number))
+        particles.append(find_named_particle(table["particle"], known, word, path=names) if word in known else int(number))
         labels.append(label or word)
     return particles, labels
+
+# %% ../nbs/50b_analysis.ipynb #2ff384fa
+def find_named_particle(
+    particles: pd.Series,  # (N,) of the rows of a table
+    names: Sequence[str],  # (N,) of the same rows
+    name: str,  # one of them
+    *,
+    path: Path | str,  # of the table, for the message
+) -> int:
+    "Return the particle of a name; raise `InputError` where several rows have the name, or the row has no particle."
+    rows = [row for row, known in enumerate(names) if known == name]
+    if len(rows) > 1:
+        raise InputError(f'{path} has {len(rows)} rows of the name "{name}", rows {rows[0] + 1} and {rows[1] + 1} for instance; an anchor is one particle: give NAME=PARTICLE.')
+    particle = pd.to_numeric(particles, errors="coerce").iloc[rows[0]]
+    if not (particle >= 0 and particle % 1 == 0):
+        raise InputError(f'{path}, row {rows[0] + 1} ("{name}"): expected the number of a particle in the column particle; found {particles.iloc[rows[0]]}.')
+    return int(particle)
 
 # %% ../nbs/50b_analysis.ipynb #bef61279
 def read_csv(
