@@ -229,7 +229,7 @@ def tabulate_order(
     *,
     least: float = 0.95,  # P(j | i) from which i is said to need j
 ) -> pd.DataFrame:  # columns block, needs, with_it (P(needs | block)), without (P(block | needs))
-    "List which block is never seen without which other, although that is seen without it: direct needs only, and no blocks that are in all or no particles."
+    "List which block is seldom seen without which other, although that is seen without it: direct needs only, and no blocks that are in all or no particles."
     weights = np.ones(len(presence)) if weights is None else np.asarray(weights, np.float64)
     share, given = weights @ presence / weights.sum(), compute_cooccupancy(presence, weights)
     varies = (share > 0.02) & (share < 0.98)

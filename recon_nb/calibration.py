@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy.stats import rankdata
 
-from .core import InputError, okabe_ito
+from .core import InputError, NumericalError, okabe_ito
 from .occupancy import OccupancyFit
 
 # %% ../nbs/53a_calibration.ipynb #50ddf8a2
@@ -151,10 +151,12 @@ def calibrate_occupancies(
     *,
     n_rounds: int = 60,  # of expectation and maximisation
 ) -> Calibration:
-    "Turn amounts into probabilities of presence; one map is enough, many are better."
+    "Turn amounts into probabilities of presence; one map is enough, many are better. Raise `NumericalError` for a map without any."
     n_maps, n_subunits = fit.amount.shape
     if not n_maps or not n_subunits:
         raise InputError(f"Nothing to calibrate: {n_maps} maps, {n_subunits} subunits.")
+    if not (fit.scale > 0).all():
+        raise NumericalError(f"Map {int((fit.scale > 0).argmin())} holds no density of any subunit; leave out what `occupancy.find_empty` finds.")
     levels = Levels(np.zeros(n_subunits), np.ones(n_subunits), np.maximum(fit.error, 0.15), np.full(n_subunits, 0.5), 0.0)
     weight, scale = 1 / (fit.error**2 + 0.1**2), fit.scale.copy()
     for number in range(n_rounds):

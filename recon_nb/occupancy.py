@@ -6,7 +6,7 @@
 __all__ = ['read_groups', 'read_subunits', 'simulate_subunits', 'make_subunit_masks', 'MaskWeights', 'measure_ratios',
            'normalize_ratios', 'number_shells', 'estimate_transfer', 'apply_transfer', 'solve_nonnegative',
            'SubunitBasis', 'make_basis', 'estimate_scale', 'measure_noise', 'OccupancyFit', 'fit_projections',
-           'prepare_basis', 'fit_occupancies', 'check_model_fit']
+           'prepare_basis', 'fit_occupancies', 'find_limits', 'find_empty', 'check_model_fit']
 
 # %% ../nbs/53_occupancy.ipynb #eaf68d14
 import logging
@@ -339,6 +339,13 @@ class OccupancyFit:
         "(V, S) amounts over the scale of their map: about 0 where absent and 1 where present."
         return self.amount / np.where(self.scale > 0, self.scale, 1)[:, None]
 
+    def take(
+        self,
+        rows: np.ndarray,  # (K,) int64, or (V,) bool
+    ) -> "OccupancyFit":
+        "Return the fit of some of the maps."
+        return replace(self, amount=self.amount[rows], scale=self.scale[rows], explained=self.explained[rows])
+
 # %% ../nbs/53_occupancy.ipynb #4998e1a3
 def fit_projections(
     basis: SubunitBasis,
@@ -347,13 +354,12 @@ def fit_projections(
     *,
     noise: float,  # standard deviation over scale, from `measure_noise`
 ) -> OccupancyFit:
-    "Fit maps of which only the inner products are kept; raise `NumericalError` naming a map without any density of the model."
+    "Fit maps of which only the inner products are kept; raise `NumericalError` where no map has any density of the model."
     weight = basis.gram.diagonal()
     amount = solve_nonnegative(basis.gram, products, ridge=1e-4 * weight.min())
     scale = estimate_scale(amount, weight)
-    if not (scale > 0).all():
-        number = int(np.flatnonzero(~(scale > 0))[0])
-        raise NumericalError(f"Map {number} holds no density of any subunit: is its contrast inverted, or the model elsewhere?")
+    if not (scale > 0).any():
+        raise NumericalError(f"None of {len(scale)} maps holds density of any subunit: is the contrast inverted, or the model elsewhere?")
     ridge = max(4 * noise**2, 1e-4 * weight.min())
     amount = solve_nonnegative(basis.gram, products, ridge=ridge, center=0.5 * scale)
     fitted = 2 * (amount * products).sum(1) - ((amount @ basis.gram) * amount).sum(1)
@@ -401,6 +407,23 @@ def fit_occupancies(
     chosen = np.unique(np.linspace(0, len(volumes) - 1, min(n_learn, len(volumes))).round().astype(int))
     basis, noise = prepare_basis([volumes[i] for i in chosen], densities, names=names, resolution=resolution)
     return fit_projections(basis, *basis.project(volumes), noise=noise)
+
+# %% ../nbs/53_occupancy.ipynb #f09d8238
+def find_limits(
+    fit: OccupancyFit,  # of V maps
+) -> tuple[float, float]:  # scale, explained fraction
+    "Return the scale and the explained fraction under which, both together, a map holds nothing of the model."
+    explained = np.maximum(fit.explained, 0)
+    shows = explained >= 0.5 * explained.max()
+    return float(np.median(fit.scale[shows]) / 2), float(np.median(explained[shows]) / 2)
+
+# %% ../nbs/53_occupancy.ipynb #e0bf60ff
+def find_empty(
+    fit: OccupancyFit,  # of V maps
+    limits: tuple[float, float],  # scale and explained fraction, from `find_limits`
+) -> np.ndarray:  # (V,) bool
+    "Tell which maps hold nothing of the model."
+    return (fit.scale <= 0) | ((fit.scale < limits[0]) & (fit.explained < limits[1]))
 
 # %% ../nbs/53_occupancy.ipynb #fd8add82
 def check_model_fit(
