@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tabulate_particles', 'find_odd', 'cluster_latents', 'summarize_quality', 'read_outline', 'choose_particles',
-           'draw_filter', 'draw_examples', 'locate_selection', 'load_selection', 'prepare_output', 'write_choice',
-           'filter_run', 'join_table', 'make_filter_section', 'pick_particles']
+           'draw_filter', 'draw_examples', 'locate_selection', 'load_selection', 'prepare_output', 'load_compared',
+           'write_choice', 'filter_run', 'join_table', 'make_filter_section', 'pick_particles']
 
 # %% ../nbs/52d_filtering.ipynb #6ce094f9
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def tabulate_particles(
     run: RunFolder,
     epoch: int | None = None,  # None for the latest
     **options: Any,  # of `measures.measure_particles`: n_centers, seed, device, changes
-) -> pd.DataFrame:  # (P rows) particle, z0, ..., norm, pc1, ..., umap1, umap2, label, contrast, residual, signal
+) -> pd.DataFrame:  # (P rows) particle, z0, ..., norm, pc1, ..., umap1, umap2, label, contrast, contrast_error, residual, signal
     "Collect what is known of every particle of a run."
     epoch = choose_epoch(run, epoch)
     table = measure_particles(run, epoch, **options)
@@ -140,7 +140,7 @@ def choose_particles(
     values = {name: look_up_column(table, name, whose["particle"]) for name in columns}
     if method == "zscore":
         scaled = {f"log {name}" if name == "residual" else name: np.log(v) if name == "residual" else v for name, v in values.items()}
-        return select_inliers(scaled, threshold=threshold, **whose), None
+        return select_inliers(scaled, threshold=threshold, errors={"contrast": look_up_column(table, "contrast_error", whose["particle"])}, **whose), None
     if method != "column" or len(columns) != 1:
         raise InputError(f'The method column needs one column (--columns), such as contrast; found {len(columns)}.' if method == "column" else f'There is no method "{method}"; use kmeans, gmm, zscore, column or outline.')
     return select_range(values[columns[0]], low=low, high=high, name=columns[0], **whose), None
@@ -219,6 +219,20 @@ def prepare_output(
             raise InputError(f"{other} exists; choose another name with -o, or remove it.")
     return path
 
+# %% ../nbs/52d_filtering.ipynb #6733848e
+def load_compared(
+    run: RunFolder,
+    name: str,  # of the selection that is made
+    compare: Sequence[str],  # names or paths of others
+) -> dict[str, Selection]:  # by name
+    "Load selections to compare with; raise `InputError` where a Venn diagram cannot show them."
+    others = {Path(other).stem: load_selection(run, other) for other in compare}
+    if len(compare) > 2:
+        raise InputError(f"A selection is compared with one or two others; found {len(compare)}: {', '.join(map(str, compare))}.")
+    if len({name, *others}) != len(compare) + 1:
+        raise InputError(f"Selections that are compared need different names; found {', '.join([name, *(Path(other).stem for other in compare)])}.")
+    return others
+
 # %% ../nbs/52d_filtering.ipynb #f12c1023
 def write_choice(
     path: Path,  # .json
@@ -256,7 +270,7 @@ def filter_run(
     "Choose the particles worth keeping; write the selection, the rows of the particle file, and a section of the report."
     run = open_run(run) if not isinstance(run, RunFolder) else run
     epoch, path = choose_epoch(run, epoch), prepare_output(run, out)
-    others = {Path(name).stem: load_selection(run, name) for name in compare or ()}
+    others = load_compared(run, path.stem, compare or ())
     earlier = None if within is None else load_selection(run, within)
     data = tabulate_particles(run, epoch, seed=seed, device=device, changes={} if datadir is None else {"data.datadir": datadir})
     if table is not None:
@@ -267,6 +281,7 @@ def filter_run(
     if invert:
         chosen = select_rows(~np.isin(data["particle"], chosen.particles), data["particle"].to_numpy(), own.n_particles, f"not {chosen.reason}")
     chosen = chosen if earlier is None else chosen & earlier
+    count_overlaps({path.stem: chosen, **others})  # refuses selections of other files before anything is written
     files = write_choice(path, chosen, own)
     stack = load_stack(reading.particles, **choose_reading(reading))
     add_to_report(run, make_filter_section(run, epoch, path.stem, chosen=chosen, table=data, stack=stack, quality=quality, others=others, files=files, seed=seed), epoch=epoch)

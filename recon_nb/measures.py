@@ -74,15 +74,24 @@ class ParticleProducts:
         return self.cross / np.maximum(self.gram, np.median(self.gram) / 4)
 
     @property
-    def contrast(self) -> np.ndarray:  # (P,)
-        "Amplitude relative to that of a typical particle with the same volume: 1 where all of it is there."
+    def standard(self) -> np.ndarray:  # (P,)
+        "Amplitude of a typical particle with the same volume; of any typical particle where less than two thirds of that is found in those of the volume."
         raw = self.amplitude
-        present = raw >= np.percentile(raw, 75) / 2
-        typical = float(np.median(raw[present]))
+        typical = float(np.median(raw[raw >= np.percentile(raw, 75) / 2]))
         if not typical > 0:
-            return raw
+            return np.ones(len(raw))
         medians = pd.Series(raw).groupby(self.label).transform("median").to_numpy()
-        return raw / np.maximum(medians, 0.9 * typical)
+        return np.where(medians >= 2 / 3 * typical, medians, typical)
+
+    @property
+    def contrast(self) -> np.ndarray:  # (P,)
+        "Amplitude relative to the standard: 1 where all of the volume is there."
+        return self.amplitude / self.standard
+
+    @property
+    def contrast_error(self) -> np.ndarray:  # (P,)
+        "Standard deviation of the contrast by noise alone."
+        return np.sqrt(self.gram) / np.maximum(self.gram, np.median(self.gram) / 4) / self.standard
 
     @property
     def residual(self) -> np.ndarray:  # (P,)
@@ -131,11 +140,12 @@ def measure_particles(
     seed: int = 0,  # of k-means
     device: str = "auto",  # where to compute
     changes: Mapping[str, object] = MappingProxyType({}),  # settings that differ on this machine, e.g. {"data.datadir": folder}
-) -> pd.DataFrame:  # (P rows) particle, contrast, residual, signal
+) -> pd.DataFrame:  # (P rows) particle, contrast, contrast_error, residual, signal
     "Measure every particle of a run against the volume of its cluster, or read what was measured before."
     epoch = choose_epoch(run, epoch)
     path = run.analysis_dir(epoch) / "filtering" / "measures.csv"
-    settings = {"n_centers": n_centers, "seed": seed}
+    columns = ["contrast", "contrast_error", "residual", "signal"]
+    settings = {"n_centers": n_centers, "seed": seed, "columns": columns}
     if path.exists() and json.loads(path.with_suffix(".json").read_text()) == settings:
         return pd.read_csv(path)
     device, dataset, model = pick_device(device), load_own(run, changes), load_model(run, epoch, device=device)
@@ -146,7 +156,7 @@ def measure_particles(
         points, labels = to_points(latents)[clusters.center_row], clusters.labels[find_latent_rows(latents, dataset.particles.tolist())]
     volumes = torch.stack([v.data for v in generate_volumes(model, points, box=box)])
     found = sum_products(dataset, make_references(volumes, dataset.lattice.box), labels, box=box, device=device, dose="off" if run.config.model.dose == "off" else "auto")
-    table = pd.DataFrame({"particle": dataset.particles.numpy()} | {name: getattr(found, name) for name in ("contrast", "residual", "signal")})
+    table = pd.DataFrame({"particle": dataset.particles.numpy()} | {name: getattr(found, name) for name in columns})
     with write_atomic(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
     write_json(path.with_suffix(".json"), settings)

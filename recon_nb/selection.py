@@ -8,12 +8,14 @@ __all__ = ['select_rows', 'keep_clusters', 'select_clusters', 'standardize_robus
 
 # %% ../nbs/52_selection.ipynb #89634174
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.path import Path as Outline
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from .core import InputError, Selection, okabe_ito, suggest_names
@@ -66,6 +68,7 @@ def select_clusters(
 def standardize_robustly(
     values: np.ndarray,  # (P,)
     name: str = "values",  # for the message
+    errors: np.ndarray | None = None,  # (P,) standard deviation of each value by noise, same unit; one width for all where absent
 ) -> np.ndarray:  # (P,) z-scores
     "Return the distance from the median in robust standard deviations; raise `InputError` where more than half of the values are the same."
     values = np.asarray(values, dtype=np.float64)
@@ -75,7 +78,12 @@ def standardize_robustly(
     deviation = 1.4826 * np.median(np.abs(values - middle))
     if deviation == 0:
         raise InputError(f'More than half of the particles have the same "{name}" ({middle:g}), so there is no scale for outliers; use a range (--low, --high) instead.')
-    return (values - middle) / deviation
+    if errors is None:
+        return (values - middle) / deviation
+    size, width = np.abs(values - middle), lambda spread: np.sqrt(np.square(errors) + spread**2 + (1e-6 * deviation) ** 2)
+    excess = lambda spread: 1.4826 * np.median(size / width(spread)) - 1
+    width = width(brentq(excess, 0, deviation) if excess(0) > 0 else 0)
+    return (values - middle) / width / (1.4826 * np.median(size / width))
 
 # %% ../nbs/52_selection.ipynb #da1c073e
 def find_outlier_threshold(
@@ -98,11 +106,12 @@ def select_inliers(
     n_total: int,  # particles in the user's file
     threshold: float | None = None,  # of |z|; None = automatic, one for each column
     rate: float = 0.05,  # share of false alarms tolerated where the threshold is automatic
+    errors: Mapping[str, np.ndarray] = MappingProxyType({}),  # name to (P,) standard deviations, of the columns that have any
 ) -> Selection:
     "Return the particles that are outliers in none of the columns, to neither side."
     inside, said = np.ones(len(particle), dtype=bool), []
     for name, values in columns.items():
-        scores = standardize_robustly(values, name)
+        scores = standardize_robustly(values, name, errors.get(name))
         limit = find_outlier_threshold(scores, rate) if threshold is None else threshold
         inside &= np.abs(scores) < limit
         said.append(f"{name} below {limit:.2f}" if np.isfinite(limit) else f"{name} without outliers")

@@ -212,6 +212,9 @@ def test_nothing_is_removed_where_there_is_no_junk(tmp_path):
     table = tabulate_particles(run, device='cpu')
     for method in ('kmeans', 'gmm', 'zscore'):
         assert len(choose_particles(table, len(table), method)[0]) >= 0.98 * len(table), method
+    kept = choose_particles(table, len(table), 'zscore')[0].mask
+    state = pd.read_csv(tmp_path / 'data' / 'truth.csv')['name'].to_numpy()
+    assert kept.mean() >= 0.995 and min(kept[state == name].mean() for name in np.unique(state)) >= 0.97  # no state is light enough to be thrown away
 
 
 @pytest.mark.slow
@@ -248,6 +251,11 @@ def test_filters_follow_one_another_and_are_compared(mixed):
     counts = pd.read_csv(run.analysis_dir(1) / 'filtering' / 'second_overlaps.csv')
     assert counts['n_particles'].sum() == first.n_total
     assert counts[counts['second'] & ~counts['first']].empty
+    Selection([0], 5).save(run.path / 'selections' / 'foreign.json')
+    for compare, match in ((['first', 'second', 'foreign'], 'one or two others; found 3'), (['foreign'], 'Selections of one file'), (['first', 'first'], 'different names')):
+        with pytest.raises(InputError, match=match):  # before anything is written
+            filter_run(run, method='column', columns=['contrast'], low=0.5, out='third', compare=compare, device='cpu')
+    assert not list((run.path / 'selections').glob('third.*'))
 
 
 @pytest.mark.slow
