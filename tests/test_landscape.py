@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_latent import make_latents, make_run
 
-from recon_nb import landscape
-from recon_nb.agreement import compare_labels, compare_runs, name_particles, read_labels
+from recon_nb import agreement, landscape
+from recon_nb.agreement import compare_labels, compare_runs, list_image_names, name_particles, read_labels
 from recon_nb.analysis import analyze_run, export_traversal, export_volumes, write_volume_set
 from recon_nb.core import InputError, Volume
 from recon_nb.files import read_volume, write_volume
@@ -295,6 +295,29 @@ def test_labels_of_real_tilt_series_are_found_by_image(data_dir, tmp_path):
     assert set(name_particles(run)) == set(range(6))
     with pytest.raises(InputError, match='different labels'):
         read_labels(star, 'rlnDefocusU', run=run)
+
+
+def test_own_classes_are_the_column_that_is_meant(tmp_path):
+    """A table whose first column is no label is read by its class, and both sides are named; which of several columns is never guessed."""
+    pd.DataFrame({'volume': [f'v{i}' for i in range(40)], 'class': np.arange(40) // 20, 'particle': np.arange(40)}).to_csv(tmp_path / 'own.csv', index=False)
+    pd.DataFrame({'particle': np.arange(40), 'state': np.arange(40) // 20, 'score': np.arange(40)}).to_csv(tmp_path / 'other.csv', index=False)
+    out = compare_labels(tmp_path / 'own.csv', tmp_path / 'other.csv', column='state', out=tmp_path / 'out')
+    facts = json.loads((out / 'agreement.json').read_text())
+    assert facts['adjusted Rand index'] == 1 and facts['classes'] == f'column class of {tmp_path / "own.csv"}'
+    with pytest.raises(InputError, match='Found state, score'):
+        compare_labels(tmp_path / 'own.csv', tmp_path / 'other.csv', out=tmp_path / 'out')
+    swapped = compare_labels(tmp_path / 'other.csv', tmp_path / 'own.csv', own_column='state', out=tmp_path / 'swapped')
+    assert json.loads((swapped / 'agreement.json').read_text())['adjusted Rand index'] == 1
+
+
+def test_labels_of_one_tomogram_of_several_are_found(tmp_path, monkeypatch):
+    """Stacks of two folders share a base name: a star file of one folder alone names its images as the whole does."""
+    names = list_image_names(['T1/p.mrcs'] * 3 + ['T2/p.mrcs'] * 3, [0, 1, 2] * 2)
+    monkeypatch.setattr(agreement, 'name_particles', lambda run: pd.Series(np.arange(6), index=names))
+    run = make_run(tmp_path / 'run', zdim=0)
+    for folder in ('T2', 'moved/T2'):
+        (tmp_path / 'part.star').write_text('data_\nloop_\n_rlnImageName #1\n_rlnClassNumber #2\n' + ''.join(f'{i + 1:06d}@{folder}/p.mrcs {7 + i}\n' for i in range(3)))
+        assert read_labels(tmp_path / 'part.star', run=run).astype(int).to_dict() == {3: 7, 4: 8, 5: 9}
 
 
 def test_labels_of_a_real_star_file(data_dir, tmp_path):
