@@ -7,9 +7,9 @@ __all__ = ['choose_epochs', 'Verdict', 'find_settled', 'start_last_third', 'judg
            'judge_neighbors', 'judge_moves', 'plot_moves', 'Maxima', 'find_peaks', 'find_maxima', 'measure_noise',
            'choose_mask', 'compare_successive', 'follow_volumes', 'judge_volumes', 'measure_errors', 'sample_rows',
            'measure_prediction', 'measure_unseen', 'judge_prediction', 'summarize_prediction', 'plot_prediction',
-           'load_unseen', 'ask_images', 'Suggestion', 'suggest_epoch', 'embed_latents', 'plot_clouds', 'plot_volumes',
-           'write_table', 'write_loss', 'write_clouds', 'write_images', 'judge_images', 'make_convergence_section',
-           'converge_run']
+           'find_unseen', 'load_unseen', 'ask_images', 'Suggestion', 'suggest_epoch', 'embed_latents', 'plot_clouds',
+           'plot_volumes', 'write_table', 'write_loss', 'write_clouds', 'write_images', 'judge_images', 'check_request',
+           'make_convergence_section', 'converge_run']
 
 # %% ../nbs/51_convergence.ipynb #9ec93253
 import logging
@@ -62,7 +62,7 @@ def choose_epochs(
     chosen = sorted(set(epochs)) if epochs else kept
     if len(chosen) < 3:
         raise RunError(
-            f"{run.path} has weights and latents of {len(chosen)} epochs ({', '.join(map(str, chosen)) or 'none'}); at least three are compared. Train further, with train.checkpoint_every 1, train.encode_every 1 and train.keep_last 0."
+            f"{run.path} has weights and latents of {len(chosen)} epochs ({', '.join(map(str, chosen)) or 'none'}); at least three are compared. Train further, with --checkpoint-every 1 --encode-every 1 --keep-last 0."
         )
     train = run.config.train
     if not epochs and train.start_radius < 1 and sum(e >= train.radius_epochs for e in chosen) >= 3:
@@ -460,13 +460,27 @@ def plot_prediction(
     return ax
 
 # %% ../nbs/51_convergence.ipynb #9c20a3c5
+def find_unseen(
+    run: RunFolder,
+    unseen: str,  # bare name of a selection of the run, a selection (.json), or a particle file
+) -> str:  # the file
+    "Return the file that holds images or names them; raise `InputError` where it is not there."
+    path = Path(unseen)
+    path = path if path.suffix or len(path.parts) > 1 else run.path / "selections" / f"{unseen}.json"
+    if not path.exists():
+        known = sorted(other.stem for other in (run.path / "selections").glob("*.json"))
+        raise InputError(f"There is no {path} of images not seen; give a particle file, a selection (.json), or the name of one in {run.path / 'selections'}, which holds {', '.join(known) or 'none'}.")
+    return str(path)
+
+# %% ../nbs/51_convergence.ipynb #6357c75f
 def load_unseen(
     run: RunFolder,
-    unseen: str,  # selection (.json) of particles of the run's own file, or a particle file
+    unseen: str,  # as in `find_unseen`; a selection is one of the run's own file
     known: torch.Tensor,  # (P,) int64 particles of the training
     changes: Mapping[str, str],  # settings that differ on this machine
 ) -> ParticleDataset:
     "Read images that a run has not seen; raise `InputError` where it has."
+    unseen = find_unseen(run, unseen)
     is_selection = unseen.endswith(".json")
     own = run.config.data.particles
     dataset, _ = load_others(run, own if is_selection else unseen, {**changes, **({"data.select": unseen} if is_selection else {})})
@@ -678,6 +692,25 @@ def judge_images(
         logging.getLogger("recon_nb.convergence").warning("the run is not held against its images: %s", error)
         return [Verdict("images", "unknown", None, f"The images could not be read: {error}")], {}
 
+# %% ../nbs/51_convergence.ipynb #296034be
+def check_request(
+    run: RunFolder,
+    latents: Mapping[int, Latents],  # epoch to (P, Z)
+    *,
+    unseen: str | None,  # as in `find_unseen`
+    mask: str | None,  # .mrc
+    device: str = "auto",  # where to compute
+    **options: object,  # of `generate_volumes`
+) -> None:
+    "Raise `InputError` where images, mask or options do not suit the run."
+    if options.get("low_pass") is not None:
+        raise InputError("Convergence is judged by the fine half of the frequencies, which --low-pass removes; leave it out, or take smaller volumes with --box.")
+    if unseen is not None:
+        find_unseen(run, unseen)
+    if mask is not None:
+        last = max(latents)
+        choose_mask(list(bind_decoder(run, last, device=device, **options)[0](to_points(latents[last])[:1])), mask)
+
 # %% ../nbs/51_convergence.ipynb #c6eaeea3
 def make_convergence_section(
     folder: Path,
@@ -706,18 +739,19 @@ def converge_run(
     n_maxima: int = 10,  # places whose volumes are followed, at most
     min_support: int = 5,  # particles that such a place must have
     n_images: int = 256,  # particles whose images are predicted; 0 to leave the images alone
-    unseen: str | None = None,  # images that the run has not seen: a selection (.json) of its own particle file, or a particle file
+    unseen: str | None = None,  # images that the run has not seen: a selection of its own particle file (a name, or .json), or a particle file
     datadir: str | None = None,  # folder of the image stacks where they have moved
     mask: str | None = None,  # .mrc around the particle; made from the volumes where absent
     umap: bool = True,  # False: principal components instead
     seed: int = 0,  # of samples and UMAP
     device: str = "auto",  # where to compute
-    **options: object,  # of `generate_volumes`: box px, low_pass Å, invert, flip_hand
+    **options: object,  # of `generate_volumes`: box px, invert, flip_hand
 ) -> Path:  # report.html
     "Ask whether a run has converged, write analysis/EEEE/convergence/ of the last epoch compared, and add a section to its report."
     run = open_run(run) if not isinstance(run, RunFolder) else run
     epochs = choose_epochs(run, epochs, n_epochs=n_epochs)
     latents = {epoch: run.load_latents(epoch) for epoch in epochs}
+    check_request(run, latents, unseen=unseen, mask=mask, device=device, **options)
     folder = run.analysis_dir(epochs[-1]) / "convergence"
     loss, loss_figure = write_loss(folder, run, epochs[-1])
     moves = tabulate_moves(latents)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from recon_nb.convergence import ask_images, choose_epochs, converge_run, find_maxima, judge_prediction
-from recon_nb.core import InputError, RunError, Selection
+from recon_nb.core import InputError, RunError, Selection, Volume
+from recon_nb.files import write_volume
 from recon_nb.fsc import compute_fsc
 from recon_nb.latent import generate_volumes, to_points
 from recon_nb.runs import make_config, open_run
@@ -176,10 +177,25 @@ def test_runs_that_cannot_be_asked(tmp_path):
     with pytest.raises(RunError, match='homogeneous'):
         converge_run(single)
     few = train_run(tmp_path / 'few', make_config(changes={**TINY, 'train.epochs': 4, 'train.keep_last': 2}), stack=stack, device='cpu')
-    with pytest.raises(RunError, match=r'2 epochs \(3, 4\).*train.keep_last 0'):
+    with pytest.raises(RunError, match=r'2 epochs \(3, 4\).*--checkpoint-every 1 --encode-every 1 --keep-last 0'):
         converge_run(str(few.path))
     many = open_run(few.path)
     for epoch in (3, 4):
         assert epoch in many.epochs
     with pytest.raises(RunError, match='did not keep epoch 1'):
         choose_epochs(many, [1, 3, 4])
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path):
+    """A low-pass, a mask of another box, images that are not there; a selection of the run goes by its name."""
+    star = write_simulation(tmp_path / 'images', simulate_stack(make_phantom('ribosome', 16), 60, snr=1.0, seed=0))
+    Selection(range(40), 60).save(tmp_path / 'training.json')
+    run = train_run(tmp_path / 'run', make_config(str(star), changes={**TINY, 'train.epochs': 3, 'data.select': str(tmp_path / 'training.json')}), device='cpu')
+    write_volume(tmp_path / 'mask.mrc', Volume(torch.ones(8, 8, 8), 2.0))
+    for options, match in (({'low_pass': 60.0}, 'leave it out'), ({'mask': str(tmp_path / 'mask.mrc')}, 'boxes'), ({'unseen': 'rest'}, 'There is no')):
+        with pytest.raises(InputError, match=match):
+            converge_run(run, umap=False, n_images=10, device='cpu', **options)
+    assert not (run.analysis_dir(3) / 'convergence').exists()
+    Selection(range(40, 60), 60).save(run.path / 'selections' / 'rest.json')
+    report = converge_run(run, umap=False, n_images=10, unseen='rest', device='cpu')
+    assert len(pd.read_csv(report.parent / 'convergence' / 'unseen.csv')) == 3
