@@ -15,7 +15,7 @@ from test_latent import make_latents, make_run
 
 from recon_nb import agreement, landscape
 from recon_nb.agreement import compare_labels, compare_runs, list_image_names, name_particles, read_labels
-from recon_nb.analysis import analyze_run, export_traversal, export_volumes, write_volume_set
+from recon_nb.analysis import analyze_run, export_traversal, export_volumes, write_path, write_volume_set
 from recon_nb.core import InputError, Volume
 from recon_nb.files import read_volume, write_volume
 from recon_nb.fourier import Lattice
@@ -78,6 +78,15 @@ def test_walk_of_a_run_carries_names_and_support(tmp_path):
     known = {int(p): z for p, z in zip(latents.particle, latents.mu.numpy())}
     np.testing.assert_allclose(table[['z0', 'z1']], np.stack([known[p] for p in table.particle]), atol=1e-6)
     assert table.poor_support.any() and not table.poor_support.all() and len(list(out.glob('vol_*.mrc'))) == len(table)
+
+
+def test_a_jump_is_explained_where_it_is_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(size=(60, 2)) * 0.3 + at for at in ([0, 0], [9, 0])])
+    for bridge, ends in ((True, [0, 100]), (False, [0, 30])):
+        path = traverse_graph(points, ends, mean_neighbors=20, max_neighbors=30, bridge=bridge)
+        page = write_path(tmp_path / 'walk', path, lambda z: generate_volumes(Blobs(8), z), latents=make_latents(points))
+        assert ('a dashed line is a jump' in page) == bridge
 
 
 def test_every_set_of_volumes_says_its_support(tmp_path):
