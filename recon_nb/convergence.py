@@ -752,9 +752,8 @@ def converge_run(
     epochs = choose_epochs(run, epochs, n_epochs=n_epochs)
     latents = {epoch: run.load_latents(epoch) for epoch in epochs}
     check_request(run, latents, unseen=unseen, mask=mask, device=device, **options)
-    folder = run.analysis_dir(epochs[-1]) / "convergence"
+    folder, moves = run.analysis_dir(epochs[-1]) / "convergence", tabulate_moves(latents)
     loss, loss_figure = write_loss(folder, run, epochs[-1])
-    moves = tabulate_moves(latents)
     write_table(folder / "moves.csv", moves)
     maxima, picture = write_clouds(folder, latents, find={"n_bins": n_bins, "n_maxima": n_maxima, "min_particles": min_support}, embed={"umap": umap, "seed": seed})
     decode = lambda epoch: bind_decoder(run, epoch, device=device, **options)[0](to_points(latents[epoch])[maxima.row])
