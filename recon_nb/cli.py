@@ -110,7 +110,7 @@ option_sets: dict[str, tuple[OptionSet, ...]] = {
         OptionSet("training", "runs", "TrainConfig", section="train"),
         OptionSet("subspace", "runs", "SubspaceConfig", section="subspace"),
     ),
-    "convergence": (OptionSet("convergence", "convergence", "converge_run"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand"))),
+    "convergence": (OptionSet("convergence", "convergence", "converge_run"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "flip_hand"))),
     "filtering": (OptionSet("filter", "filtering", "filter_run"),),
     "exporting": (OptionSet("export", "export", "export_selection"),),
     "landscape": (OptionSet("landscape", "landscape", "map_landscape"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand"))),
