@@ -16,6 +16,8 @@ from recon_nb.files import read_volume
 from recon_nb.occupancy import (
     OccupancyFit,
     check_model_fit,
+    find_empty,
+    find_limits,
     fit_occupancies,
     make_subunit_masks,
     measure_ratios,
@@ -181,6 +183,11 @@ def test_maps_that_cannot_be_measured_are_refused():
         fit_occupancies([Volume(-good.data, 6.0)] * 2, densities)
     with pytest.raises(NumericalError, match="do not differ"):
         normalize_ratios(np.ones((3, 4)))
+    blank = fit_occupancies([good, good, Volume(-good.data, 6.0)], densities)
+    assert find_empty(blank, find_limits(blank)).tolist() == [False, False, True]
+    with pytest.raises(NumericalError, match="Map 2 holds no density"):
+        calibrate_occupancies(blank)
+    assert (calibrate_occupancies(blank.take(np.arange(2))).probability > 0.8).all()
     with pytest.raises(InputError, match="nowhere exceeds"):
         make_subunit_masks(densities, threshold=9.0)
     with pytest.raises(InputError, match="Nothing to calibrate"):
