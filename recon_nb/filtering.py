@@ -292,15 +292,15 @@ def join_table(
     table: pd.DataFrame,  # (P rows)
     path: str | Path,  # .csv with a column particle and others
 ) -> pd.DataFrame:  # (P rows) with the columns of both
-    "Add the columns of a file; raise `InputError` where it names no particles or a column that is there already."
+    "Add the columns of a file, in place of those of the same name; raise `InputError` where it names no particles, or a column that was measured from the images."
     try:
         other = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a table ({error}).") from error
-    twice = [c for c in other if c in table and c != "particle"]
-    if "particle" not in other or twice or not other["particle"].is_unique:
-        raise InputError(f'{path}: ' + (f'its column "{twice[0]}" is known of every particle already; rename it.' if twice else "expected a column particle that names each particle once."))
-    return table.merge(other, on="particle", how="left")
+    measured = [c for c in other if c in table and c in ("contrast", "contrast_error", "residual", "signal")]
+    if "particle" not in other or measured or not other["particle"].is_unique:
+        raise InputError(f'{path}: ' + (f'its column "{measured[0]}" is measured from the images here; rename it.' if measured else "expected a column particle that names each particle once."))
+    return table.drop(columns=[c for c in other if c in table and c != "particle"]).merge(other, on="particle", how="left")
 
 # %% ../nbs/52d_filtering.ipynb #0da68d73
 def make_filter_section(
