@@ -446,7 +446,7 @@ slips = {
     'agree with a table without particles': ('agree {data}/truth.csv {faulty}/z3.csv -o {new}', ['z3.csv', 'particle']),
     'agree without a landscape or clusters of a table': ('agree {data}/truth.csv {data}/truth.csv', ['-o']),
     'replicate that is no run': ('replicate {run} {faulty}', ['faulty', 'not a run']),
-    'converge over two epochs': ('converge {run}', ['2 epochs', 'three', 'train.keep_last']),
+    'converge over two epochs': ('converge {run}', ['2 epochs', 'three', '--keep-last']),
     'converge at an epoch that was not kept': ('converge {run} --epochs 1 2 9', ['9', '1, 2']),
     'demo into a folder with files': ('demo -o {faulty}', ['faulty', '-o']),
 }
