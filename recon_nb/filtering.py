@@ -24,7 +24,7 @@ from .encoding import load_own
 from .export import read_own_rows, write_selected
 from .files import CryosparcSource, ParticleTable
 from .latent import Clusters, cluster_gmm, cluster_kmeans, plot_points, run_pca, to_points
-from .measures import measure_particles
+from .measures import measure_content
 from .pickers import ParticlePicker, draw_members, make_pictures, plot_pictures
 from .report import Section, render_files, render_table, render_text, render_warnings
 from .runs import RunFolder, choose_reading, open_run
@@ -46,11 +46,11 @@ from recon_nb.selection import (
 def tabulate_particles(
     run: RunFolder,
     epoch: int | None = None,  # None for the latest
-    **options: Any,  # of `measures.measure_particles`: n_centers, seed, device, changes
+    **options: Any,  # of `measures.measure_content`: n_centers, seed, device, changes
 ) -> pd.DataFrame:  # (P rows) particle, z0, ..., norm, pc1, ..., umap1, umap2, label, contrast, contrast_error, residual, signal
     "Collect what is known of every particle of a run."
     epoch = choose_epoch(run, epoch)
-    table = measure_particles(run, epoch, **options)
+    table = measure_content(run, epoch, **options)
     if run.config.model.zdim > 0:
         latents = run.load_latents(epoch)
         z = to_points(latents)
@@ -343,7 +343,7 @@ def pick_particles(
     x: str | None = None,  # column to begin with; pc1 where absent
     y: str | None = None,  # column to begin with; pc2 where absent
     color: str | None = None,  # column that colours the dots
-    **options: Any,  # of `measures.measure_particles`
+    **options: Any,  # of `measures.measure_content`
 ) -> ParticlePicker:  # show its `widget`; read its `picked`
     "Open a lasso on the particles of a run."
     run = open_run(run) if not isinstance(run, RunFolder) else run

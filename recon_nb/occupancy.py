@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_groups', 'read_subunits', 'simulate_subunits', 'make_subunit_masks', 'MaskWeights', 'measure_ratios',
-           'normalize_ratios', 'number_shells', 'estimate_transfer', 'apply_transfer', 'solve_nonnegative',
-           'SubunitBasis', 'make_basis', 'estimate_scale', 'measure_noise', 'OccupancyFit', 'fit_projections',
-           'prepare_basis', 'fit_occupancies', 'find_limits', 'find_empty', 'check_model_fit']
+           'normalize_ratios', 'number_shells', 'estimate_transfer', 'solve_nonnegative', 'SubunitBasis', 'make_basis',
+           'estimate_scale', 'measure_noise', 'OccupancyFit', 'fit_projections', 'prepare_basis', 'fit_occupancies',
+           'find_limits', 'find_empty', 'check_model_fit']
 
 # %% ../nbs/53_occupancy.ipynb #eaf68d14
 import logging
@@ -203,15 +203,6 @@ def estimate_transfer(
     gain = torch.where(agreement > least_agreement, cross / model.clamp(min=1e-30), 0.0)
     gain[0] = 0.0
     return gain.numpy()
-
-# %% ../nbs/53_occupancy.ipynb #8fd505f5
-def apply_transfer(
-    densities: Tensor,  # (S, D, D, D)
-    transfer: np.ndarray,  # (n_shells,) gain
-) -> Tensor:  # (S, D, D, D)
-    "Multiply the transform of every density by a gain that depends on the shell."
-    gain = torch.as_tensor(transfer, dtype=torch.float32)[number_shells(densities.shape[-1])]
-    return torch.stack([torch.fft.irfftn(torch.fft.rfftn(d) * gain, s=d.shape) for d in densities])
 
 # %% ../nbs/53_occupancy.ipynb #11220bf9
 def solve_nonnegative(
