@@ -27,11 +27,10 @@ import torch
 from recon_nb.assemblies import make_50s_assembly, simulate_assembly_volumes
 from recon_nb.core import CTFParams, Poses, Volume, keep_freed_memory, make_generator
 from recon_nb.datasets import ParticleDataset
-from recon_nb.diagnosis import find_displacement
 from recon_nb.files import read_volume
 from recon_nb.fourier import fourier_crop
 from recon_nb.fsc import compute_fsc, find_resolution
-from recon_nb.refinement import build_map
+from recon_nb.refinement import build_map, find_displacement
 from recon_nb.search import WhitenedImages
 from recon_nb.simulate import simulate_stack
 from recon_nb.so3 import align_poses, rotation_distance
