@@ -17,8 +17,9 @@ __all__ = ['MRC_HEADER', 'MRC_MODES', 'ROW_TOKEN', 'CTF_COLUMNS', 'POSE_COLUMNS'
            'read_cryosparc_numbers', 'read_cryosparc_columns', 'describe_missing_cryosparc_poses', 'read_cryosparc',
            'replace_cryosparc_columns', 'replace_cryosparc_images', 'load_array_pickle', 'read_cryodrgn_poses',
            'read_cryodrgn_ctf', 'resolve_stack_paths', 'check_slices', 'open_stack', 'read_bare_stack', 'find_box',
-           'check_suffix', 'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'read_columns_beside',
-           'replace_source_columns', 'read_particles', 'change_table', 'build_cryosparc_source', 'write_particles']
+           'check_suffix', 'read_cryosparc_beside', 'read_relion_beside', 'read_cryodrgn_beside', 'find_pose_file',
+           'read_own_beside', 'read_columns_beside', 'replace_source_columns', 'read_particles', 'change_table',
+           'build_cryosparc_source', 'write_particles']
 
 # %% ../nbs/20_files.ipynb #4c765611
 import hashlib
@@ -1539,15 +1540,50 @@ def read_cryodrgn_beside(
         )
     return columns
 
+# %% ../nbs/20_files.ipynb #d9568abc
+def find_pose_file(
+    path: str | Path,  # a file with poses, or the folder of a run that found or refined some
+) -> Path:  # the file
+    "Return the file that a source of poses means; raise `InputError` for a folder that holds none."
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [*sorted((path / "poses").glob("[0-9]*.npz")), *path.glob("poses.npz")]
+    if not found:
+        raise InputError(f"{path}: this folder holds no poses.npz; name the folder of `recon abinit` or of a training with --optimize-poses, or a .star, .cs or .pkl file.")
+    return found[-1]
+
+# %% ../nbs/20_files.ipynb #19e4308d
+def read_own_beside(
+    path: Path,  # .npz with rot (n, 3, 3), shift (n, 2) Å, source_row (n,)
+    kind: str,  # 'poses'; a CTF is not kept so
+    table: ParticleTable,  # that the columns are for
+) -> dict[str, np.ndarray]:  # columns of a ParticleTable, NaN for images without a pose
+    "Read poses that this package wrote; raise `InputError` where they belong to rows that the table does not have."
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            rot, shift, row = (arrays[name] for name in ("rot", "shift", "source_row"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not poses of ours ({error}); expected arrays rot (n, 3, 3), shift (n, 2) and source_row (n,).") from error
+    if kind != "poses" or rot.shape != (len(row), 3, 3) or shift.shape != (len(row), 2):
+        raise InputError(f"{path}: holds rot {rot.shape}, shift {shift.shape} and source_row {row.shape}, and no {kind} of as many images; give a .star, .cs or .pkl file.")
+    if len(row) and not 0 <= row.min() <= row.max() < table.n_images:
+        raise InputError(f"{path}: has a pose for row {row.max()}, but {table.path} has {table.n_images} images; give the particle file that the poses were found for.")
+    found = make_pose_columns(Poses(torch.from_numpy(rot), torch.from_numpy(shift)))
+    columns = {name: np.full(table.n_images, np.nan) for name in POSE_COLUMNS}
+    for name in POSE_COLUMNS:
+        columns[name][row] = found[name]
+    return columns
+
 # %% ../nbs/20_files.ipynb #6d92016e
 def read_columns_beside(
-    path: str | Path,  # .star, .cs or .pkl
+    path: str | Path,  # .star, .cs, .pkl or .npz, or the folder of a run with poses
     kind: str,  # 'poses' or 'ctf'
     table: ParticleTable,  # that the columns are for
 ) -> dict[str, np.ndarray]:  # columns of a ParticleTable
     "Read poses or CTF from a second file; raise `InputError` where its rows cannot be the images of the table."
-    path = Path(path)
-    readers = {".star": read_relion_beside, ".cs": read_cryosparc_beside, ".pkl": read_cryodrgn_beside}
+    path = find_pose_file(path) if kind == "poses" else Path(path)
+    readers = {".star": read_relion_beside, ".cs": read_cryosparc_beside, ".pkl": read_cryodrgn_beside, ".npz": read_own_beside}
     columns = readers[check_suffix(path, readers)](path, kind, table)
     wanted, extras = (CTF_COLUMNS, CTF_EXTRAS) if kind == "ctf" else (POSE_COLUMNS, {})
     n = len(columns[wanted[0]])
@@ -1577,7 +1613,7 @@ def read_particles(
     *,
     datadir: str | Path | None = None,  # where the stacks lie when the paths in the file do not resolve
     pixel_size: float | None = None,  # Å; overrides the file
-    poses: str | Path | None = None,  # .star, .cs or cryoDRGN .pkl with the poses, row for row
+    poses: str | Path | None = None,  # .star, .cs or cryoDRGN .pkl with the poses, row for row, or a run that found some
     ctf: str | Path | None = None,  # .star, .cs or cryoDRGN .pkl with the CTF, row for row
     passthrough: str | Path | None = None,  # companion of a .cs file, joined by uid
 ) -> ParticleTable:

@@ -100,7 +100,7 @@ class DataConfig(Section):
 
     particles: str = ""  # star, cs, mrcs or txt file, or the optimisation set of tilt series; "" for a stack made in memory
     datadir: str | None = None  # folder of the image stacks where the paths in the file do not resolve
-    poses: str | None = None  # poses beside an .mrcs or .txt
+    poses: str | None = None  # poses from elsewhere: a .star, .cs or .pkl with the same rows, or the folder of a run that found or refined them (recon abinit)
     ctf: str | None = None  # CTF parameters beside an .mrcs or .txt
     passthrough: str | None = None  # companion of a .cs file, joined by uid
     coordinates: str | None = None  # star file of the subvolumes of a tilt series, joined by particle name
