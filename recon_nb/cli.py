@@ -7,11 +7,12 @@ __all__ = ['reading', 'option_sets', 'synonyms', 'path_settings', 'verbs', 'Opti
            'OptionSet', 'UsageError', 'parse_switch', 'parse_amount', 'format_help', 'choose_conversion', 'add_option',
            'Parser', 'build_parser', 'list_facts', 'inspect_particles', 'format_json', 'downsample_stack',
            'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution',
-           'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'fit_particles', 'train_model',
-           'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch', 'traverse_latents',
-           'show_particles', 'place_particles', 'converge_run', 'filter_particles', 'export_particles', 'map_volumes',
-           'measure_subunits', 'confirm_state', 'compare_classes', 'compare_replicates', 'show_demo', 'list_verbs',
-           'describe_error', 'HeldMessages', 'release_messages', 'show_messages', 'run_verb', 'main']
+           'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'solve_particles', 'fit_particles',
+           'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch',
+           'traverse_latents', 'show_particles', 'place_particles', 'converge_run', 'filter_particles',
+           'export_particles', 'map_volumes', 'measure_subunits', 'confirm_state', 'compare_classes',
+           'compare_replicates', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages', 'release_messages',
+           'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -118,6 +119,10 @@ option_sets: dict[str, tuple[OptionSet, ...]] = {
     "confirming": (OptionSet("confirmation", "confirm", "confirm_selection"),),
     "agreeing": (OptionSet("agreement", "agreement", "compare_labels"),),
     "replicating": (OptionSet("replicates", "agreement", "compare_runs"),),
+    "solving": (
+        OptionSet("ab initio", "abinit", "AbInitConfig", section="abinit"),
+        OptionSet("reading particles", "runs", "DataConfig", ("datadir", "pixel_size", "box", "invert_contrast", "premultiplied", "select", "ctf", "passthrough"), section="data"),
+    ),
     "fitting": (
         OptionSet("images", "runs", "DataConfig", section="data"),
         OptionSet("subspace", "runs", "ModelConfig", ("rank", "dose"), section="model"),
@@ -500,8 +505,16 @@ def settle_settings(
     settled = {name: str(Path(value).absolute()) if name in path_settings else value for name, value in settings.items()}
     if str(settled.get("data.dose_scheme")).endswith(".csv"):
         settled["data.dose_scheme"] = str(Path(settled["data.dose_scheme"]).absolute())
-    if particles:
+    if particles and (Path(particles) / "abinit.json").is_file():  # a run that found poses means its particles at these
+        from recon_nb.abinit import read_source
+
+        settled = {**read_source(particles), **settled}
+    elif particles:
         settled["data.particles"] = str(Path(particles).absolute())
+    if "data.poses" in settled:
+        from recon_nb.files import find_pose_file
+
+        settled["data.poses"] = str(find_pose_file(settled["data.poses"]))
     if homogeneous and settled.setdefault("model.zdim", 0) != 0:
         raise UsageError("--homogeneous fits one map, which has no latent space; leave out --zdim.")
     return settled
@@ -526,6 +539,33 @@ def choose_start(
     if encoder is not None and encoder not in meant:
         raise UsageError(f"--start {start} means --encoder {' or '.join(meant)}; leave one of the two out.")
     return subspace if encoder == "subspace" else {} if encoder is None else {"model.encoder": encoder}
+
+# %% ../nbs/90_cli.ipynb #84b51b2b
+def solve_particles(
+    particles: str,  # star or cs file of single particles, or an .mrcs or .txt list of stacks with --ctf
+    *,
+    out: str,  # run folder to make: map.mrc, half-maps, particles.star, poses.npz, diagnosis.json, report.html
+    flip_hand: bool = False,  # give the other hand: mirror map and poses
+    cs: bool = False,  # write particles.cs also where the input was no cs file
+    device: str = "auto",  # auto, cpu, cuda, ...
+    **solving,
+) -> None:
+    """Find a map and poses from images and their CTF alone, and say how far to trust them: solved, ambiguous or failed.
+
+    Poses in the file are not used. Hand, orientation and origin of the map are arbitrary.
+    recon train RUN -o NAME goes on with the poses; RUN/particles.star has them for RELION, with every column of the input.
+    Exit status 2 where the verdict is failed; the files are written all the same, marked so.
+    """
+    from recon_nb.abinit import AbInitConfig, abinit_run, describe_run, read_verdict
+    from recon_nb.core import RunError
+
+    settled = settle_settings(solving, particles=particles, homogeneous=False)
+    given = {section: {name.partition(".")[2]: value for name, value in settled.items() if name.startswith(section)} for section in ("abinit.", "data.")}
+    reading = {name: value for name, value in given["data."].items() if name not in ("particles", "poses")}
+    run = abinit_run(settled["data.particles"], out, AbInitConfig(**given["abinit."]), flip_hand=flip_hand, cs=cs, device=device, **reading)
+    print(describe_run(run))
+    if read_verdict(run) == "failed":
+        raise RunError(f"no map was found: neither {run}/map.mrc nor the poses can be trusted; {run}/report.html says what to look at.")
 
 # %% ../nbs/90_cli.ipynb #f9ce5f0e
 def fit_particles(
@@ -906,6 +946,7 @@ verbs: dict[str, Callable] = {
     "backproject": backproject_particles,
     "fsc": compare_maps,
     "mask": mask_map,
+    "abinit": solve_particles,
     "subspace": fit_particles,
     "train": train_model,
     "encode": encode_particles,

@@ -81,7 +81,7 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
+    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'abinit', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
 
 
 @pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
@@ -91,7 +91,7 @@ def test_verbs_that_take_particles_say_how_to_read_them(verb):
         assert option in text
 
 
-@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'subspace', 'train', 'volumes', 'analyze', 'traverse', 'converge', 'landscape', 'occupancy'])
+@pytest.mark.parametrize('verb', ['simulate', 'backproject', 'mask', 'abinit', 'subspace', 'train', 'volumes', 'analyze', 'traverse', 'converge', 'landscape', 'occupancy'])
 def test_verbs_that_write_volumes_flip_the_hand(verb):
     assert '--flip-hand' in build_parser(verb, verbs[verb]).format_help()
 
