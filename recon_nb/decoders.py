@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encodings', 'fold_half_space', 'Decoder', 'list_geometric_frequencies', 'list_gaussian_frequencies',
-           'PositionalEncoding', 'PositionalDecoder', 'VoxelDecoder']
+           'PositionalEncoding', 'interpolate_shells', 'PositionalDecoder', 'VoxelDecoder']
 
 # %% ../nbs/31_decoders.ipynb #93cf6cd3
 import math
@@ -180,6 +180,16 @@ class PositionalEncoding(nn.Module):
             return features
 
 # %% ../nbs/31_decoders.ipynb #c8d8a4ef
+def interpolate_shells(
+    curve: Tensor,  # (S,) value in shells 0 to S - 1
+    radius: Tensor,  # (...) Fourier px, any
+) -> Tensor:  # (...)
+    "Return a curve between its shells, linear; beyond the last as there."
+    place = radius.clamp(max=len(curve) - 1)
+    below = place.detach().long().clamp(max=len(curve) - 2)
+    return torch.lerp(curve[below], curve[below + 1], place - below)
+
+# %% ../nbs/31_decoders.ipynb #58c5b900
 class PositionalDecoder(Decoder):
     "The coordinate network of cryoDRGN (Zhong et al. 2021), on half of Fourier space, exactly Hermitian."
 
@@ -220,9 +230,7 @@ class PositionalDecoder(Decoder):
         coords: Tensor,  # (..., 3) cycles/px, x y z
     ) -> Tensor:  # (...)
         "Return the factor of the network's values: the envelope, linear between shells."
-        place = coords.norm(dim=-1).mul(self.box).clamp(max=len(self.envelope) - 1)
-        below = place.detach().long().clamp(max=len(self.envelope) - 2)
-        return torch.lerp(self.envelope[below], self.envelope[below + 1], place - below)
+        return interpolate_shells(self.envelope, coords.norm(dim=-1) * self.box)
 
     def forward(
         self,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['has_fused_product', 'networks', 'add_product', 'ResidualLayer', 'get_compute_dtype', 'apply_first_layer',
-           'build_residual_mlp', 'build_plain_mlp', 'CompiledFunction']
+           'build_residual_mlp', 'build_plain_mlp', 'SirenLayer', 'build_siren', 'CompiledFunction']
 
 # %% ../nbs/29_networks.ipynb #a49eecf4
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -142,6 +143,48 @@ def build_plain_mlp(
 
 # %% ../nbs/29_networks.ipynb #723d62ac
 networks = {"residual": build_residual_mlp, "plain": build_plain_mlp}
+
+# %% ../nbs/29_networks.ipynb #76d69052
+class SirenLayer(nn.Linear):
+    "x -> sin(w0 (W x + b)), started as the paper says (Sitzmann et al. 2020)."
+
+    def __init__(
+        self,
+        in_dim: int,  # features of the input
+        out_dim: int,  # features of the output
+        *,
+        w0: float = 30.0,  # rad per unit
+        first: bool = False,  # the layer sees the input itself: other start, and single precision
+    ) -> None:
+        super().__init__(in_dim, out_dim)
+        self.w0, self.first = w0, first
+        nn.init.uniform_(self.weight, *((-1 / in_dim, 1 / in_dim) if first else (-math.sqrt(6 / in_dim) / w0, math.sqrt(6 / in_dim) / w0)))
+
+    def forward(
+        self,
+        x: Tensor,  # (..., in_dim)
+    ) -> Tensor:  # (..., out_dim)
+        "Apply the layer, in the dtype that autocast asks for; the first one, whose angles may be large, in float32."
+        if not self.first:
+            return torch.sin(nn.functional.linear(x, self.w0 * self.weight, self.w0 * self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sin(nn.functional.linear(x.float(), self.w0 * self.weight, self.w0 * self.bias))
+
+# %% ../nbs/29_networks.ipynb #bfc6a632
+def build_siren(
+    in_dim: int,  # features of the input
+    hidden_dim: int,  # width
+    n_layers: int,  # sine layers after the first
+    out_dim: int,  # features of the output
+    *,
+    w0: float = 30.0,  # rad per unit
+) -> nn.Sequential:
+    "Build a network of sine layers with a linear end whose answers are of the order of 1."
+    layers = [SirenLayer(in_dim, hidden_dim, w0=w0, first=True), *[SirenLayer(hidden_dim, hidden_dim, w0=w0) for _ in range(n_layers)]]
+    last = nn.Linear(hidden_dim, out_dim)
+    nn.init.uniform_(last.weight, -math.sqrt(6 / hidden_dim), math.sqrt(6 / hidden_dim))
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
 
 # %% ../nbs/29_networks.ipynb #b9b36743
 class CompiledFunction:
