@@ -7,7 +7,6 @@ from recon_nb.diagnosis import Agreement, Diagnosis, Gain
 from recon_nb.fourier import Lattice, compute_phase_ramp
 from recon_nb.imaging import volume_to_grid
 from recon_nb.posekernels import add_images, collect_normal, read_slices
-from recon_nb.refinement import plan_refinement
 from recon_nb.search import RunningMap, WhitenedImages, draw_batches, find_poses, is_rising, list_shifts, measure_signal, pick_best, plan_search
 from recon_nb.simulate import make_phantom, simulate_stack
 from recon_nb.so3 import align_poses, sample_rotations
@@ -85,13 +84,6 @@ def test_batches_hold_every_image_once_a_round():
 
 def test_rising_needs_more_than_chance():
     assert is_rising([0.1, 0.2], 2) and is_rising([0.5, 0.5, 0.6, 0.6], 2) and not is_rising([0.6, 0.6, 0.6, 0.6], 2) and not is_rising([0.6, 0.5, 0.5, 0.4], 2)
-
-
-@pytest.mark.parametrize('box', [16, 24, 32, 64, 128, 300])
-def test_radii_grow_to_the_edge(box):
-    radii = plan_refinement(min(10.0, box / 2 - 2), box)
-    assert radii == sorted(radii) and radii[-1] == box / 2 - 1 and len(radii) >= 3
-    assert all(b <= 1.95 * a for a, b in zip(radii, radii[1:], strict=False))
 
 
 def test_verdicts():

@@ -1,0 +1,66 @@
+"""Refining poses: radii that reach the edge of every box, supports that cut nothing off, and errors that say what to do."""
+import pytest
+import torch
+from recon_nb.core import InputError, Poses, make_generator
+from recon_nb.datasets import ParticleDataset
+from recon_nb.refinement import build_map, build_reference, find_support, plan_refinement, refine_poses, refine_together
+from recon_nb.search import WhitenedImages
+from recon_nb.simulate import make_phantom, perturb_poses, simulate_stack
+from recon_nb.so3 import align_poses, rotation_distance
+
+
+@pytest.fixture(scope='module')
+def noisy():
+    simulated = simulate_stack([make_phantom('ribosome', 20)[2]], 400, snr=1.0, shift_sigma=15.0, seed=2)
+    width = 20 * simulated.stack.pixel_size
+    off = perturb_poses(simulated.poses, rot_error=6.0, shift_error=5.0, generator=make_generator(0, 'off'))
+    images = WhitenedImages(ParticleDataset(simulated.stack, window_radius=1.5))
+    return simulated, images, Poses(off.rot, off.shift / width)
+
+
+@pytest.mark.parametrize('box', [16, 24, 32, 64, 128, 300])
+def test_radii_grow_to_the_edge(box):
+    radii = plan_refinement(min(10.0, box / 2 - 2), box)
+    assert radii == sorted(radii) and box / 2 - 0.2 < radii[-1] == radii[-2] < box / 2 and len(radii) >= 4
+    assert all(b <= 1.95 * a for a, b in zip(radii, radii[1:], strict=False))
+
+
+def test_support_follows_the_particle_wherever_it_is():
+    box = 40
+    z, y, x = torch.meshgrid(*[torch.arange(box) - box // 2] * 3, indexing='ij')
+    ball = lambda centre: ((x - centre) ** 2 + y**2 + z**2 < 25).float()
+    for centre in (-9, 0, 9):
+        support = find_support(ball(centre))
+        assert float((support * ball(centre)).sum()) > 0.999 * float(ball(centre).sum()) and float(support.mean()) < 0.2
+        assert float(support[:, :, (box // 2 - centre) - 3].max()) == 0 or centre == 0
+
+
+def test_reference_is_zero_where_there_is_no_particle(noisy):
+    simulated, images, start = noisy
+    rows = torch.arange(400)
+    plain, reference = (make(images, rows, start, 8.0) for make in (build_map, build_reference))
+    assert torch.equal(plain.sums, reference.sums) and bool((reference.mask <= plain.mask).all())
+    assert float(reference.mask.mean()) < 0.7 * float(plain.mask.mean()) and bool((reference.solve()[reference.mask == 0] == 0).all())
+
+
+def test_a_part_at_a_time_is_the_same(noisy):
+    _, images, start = noisy
+    rows, grid = torch.arange(60), build_reference(images, torch.arange(400), start, 8.0).make_grid()
+    whole, loss = refine_poses(images, rows, start[rows], grid=grid, radius=8.0)
+    parts, loss_of_parts = refine_poses(images, rows, start[rows], grid=grid, radius=8.0, n_part=17)
+    assert float(rotation_distance(whole.rot, parts.rot).max()) < 0.05 and torch.allclose(loss, loss_of_parts, rtol=1e-5)
+
+
+def test_loss_never_rises(noisy):
+    _, images, start = noisy
+    rows, grid = torch.arange(100), build_reference(images, torch.arange(400), start, 8.0).make_grid()
+    losses = torch.stack([refine_poses(images, rows, start[rows], grid=grid, radius=8.0, n_steps=n)[1] for n in (0, 1, 2, 4, 8)])
+    assert bool((losses.diff(dim=0) <= 1e-6 * losses[0]).all())
+
+
+def test_perturbed_poses_come_back(noisy):
+    simulated, images, start = noisy
+    found, _ = refine_together(images, torch.arange(400), start, radii=plan_refinement(6.0, 20))
+    assert align_poses(found.rot, simulated.poses.rot).median < 0.6 * align_poses(start.rot, simulated.poses.rot).median
+    with pytest.raises(InputError, match='one radius'):
+        refine_together(images, torch.arange(400), start, radii=[])
