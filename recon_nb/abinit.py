@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['methods', 'advice', 'AbInitConfig', 'choose_radii', 'check_images', 'crop_stack', 'Progress', 'solve_by_search',
            'refine_at_box', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores', 'plot_agreement',
-           'draw_solution', 'tabulate_diagnosis', 'make_sections', 'write_poses', 'write_scores', 'write_solution',
-           'abinit_run', 'write_source', 'read_source', 'read_verdict', 'describe_run']
+           'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections', 'write_poses', 'write_scores',
+           'write_solution', 'abinit_run', 'write_source', 'read_source', 'read_verdict', 'describe_run']
 
 # %% ../nbs/55_abinit.ipynb #b1763f8b
 import dataclasses
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .analysis import save_figures
+from .analysis import fact_names, save_figures
 from .core import ConfigError, InputError, Poses, RunError, Selection, okabe_ito, pick_device, write_atomic
 from .datasets import ParticleDataset, ParticleStack, find_warnings, inspect_stack, load_stack, measure_contrast
 from .diagnosis import Diagnosis
@@ -33,7 +34,7 @@ from .files import CryosparcSource, build_cryosparc_source, change_table, write_
 from .fourier import Lattice
 from .fsc import compute_fsc, find_resolution, plot_fsc, write_fsc
 from .refinement import finish_solution
-from .report import Section, assemble_report, describe_versions, render_facts, render_files, render_text, render_warnings, save_section
+from .report import Section, assemble_report, describe_versions, render_code, render_facts, render_files, render_text, render_warnings, save_section
 from .runs import DataConfig, RunConfig, RunFolder, collect_log, describe_inputs, record_log, remove_leftovers, require_free, save_arrays, write_json
 from .runs import Section as Settings
 from .search import WhitenedImages
@@ -243,7 +244,7 @@ def draw_solution(
     captions = {
         "map": "Sections through the map and its projections. Hand, orientation and origin are arbitrary.",
         "fsc": "Fourier shell correlation of half-maps, refined apart from the poses of one search: coarse shells share that search and agree too well; the edge of the curve is honest.",
-        "views": "From where the particles are seen; white is nowhere.",
+        "views": "From where the particles are seen; what is dark all through is never seen.",
         "scores": "How much better each image is explained by the map than by nothing; junk scores low.",
         "starts": f"The best start and the one that agrees best with it, of {found.diagnosis.n_starts}. A map of two hands at once has images in both.",
     }
@@ -265,17 +266,29 @@ def tabulate_diagnosis(
 
 # %% ../nbs/55_abinit.ipynb #7fdb4213
 advice = {
-    "solved": "Independent starts agree, and the map explains images that it was not made of. Refine further, or train: the commands are below. Hand, orientation and origin are arbitrary.",
+    "solved": "Independent starts agree, and the map explains images that it was not made of. Refine further, or train. Hand, orientation and origin are arbitrary.",
     "ambiguous": "The map explains images better than chance, but no two starts agree on it, or they agree in both hands. Try more starts (--starts 5), another --seed, more images, or a finer --end-resolution; symmetric or featureless particles may stay ambiguous.",
     "failed": "The map explains new images no better than a map of random poses does: do not use it, nor the poses. Are there enough images, is the CTF right (recon inspect), is the contrast of the particles right (--invert-contrast), have the images been centred? 2-D classification first removes what is no particle.",
 }  # by verdict
 
 # %% ../nbs/55_abinit.ipynb #7587674d
+def suggest_commands(
+    run: str | Path,  # folder of the run, as the user names it
+    verdict: str,  # solved, ambiguous or failed
+) -> str:  # one a line
+    "Return the commands that go on from a run; none where it failed."
+    if verdict == "failed":
+        return ""
+    run = shlex.quote(str(run))
+    return f"recon train {run} -o NAME\nrecon train {run} -o NAME --select {run}/selections/keep.json  # without suspects of junk\nrecon backproject PARTICLES --poses {run} -o NAME  # the same, with any option of reading"
+
+# %% ../nbs/55_abinit.ipynb #a2dba7e8
 def make_sections(
     folder: Path,  # of the run, with all its files
     stack: ParticleStack,  # N images
     found: PoseSolution,
     *,
+    run: str | Path,  # the folder as the user names it
     suspect: np.ndarray,  # (N,) bool
     facts: Mapping[str, Any],  # what was asked for, by name
     warnings: Sequence[str] = (),  # one sentence each
@@ -286,9 +299,10 @@ def make_sections(
     verdict, limits = found.diagnosis.verdict, [str(find_resolution(found.fsc, threshold)) for threshold in (0.5, 0.143)]
     says = render_text(f"{found.diagnosis.describe()[0].upper()}{found.diagnosis.describe()[1:]}") if verdict == "solved" else render_warnings([found.diagnosis.describe()])
     data = inspect_stack(replace(stack, poses=None))
-    shown = {name: value for name, value in data.items() if name not in ("warnings", "has_poses", "has_tilts") and value is not None}
+    shown = {fact_names.get(name, name): value for name, value in data.items() if name not in ("warnings", "has_poses", "has_tilts") and value is not None}
+    commands = suggest_commands(run, verdict)
     return [
-        Section("Verdict", says + render_text(advice[verdict]) + pictures["starts.png"], order=50),
+        Section("Verdict", says + render_text(advice[verdict]) + (render_code(commands) if commands else "") + pictures["starts.png"], order=50),
         Section("Map", pictures["map.png"] + render_text(f"Half-maps: {limits[0]}; {limits[1]}.") + pictures["fsc.png"], order=100),
         Section("Poses", pictures["views.png"] + render_text(f"Evenness of views {found.diagnosis.evenness:.2f} (1: from everywhere alike; near 0: some direction is never seen)."), order=200),
         Section("Scores", pictures["scores.png"] + render_text(f"{int(suspect.sum())} of {len(suspect)} images score three standard deviations below the median or worse: selections/suspects.json; the others: selections/keep.json."), order=300),
@@ -341,6 +355,7 @@ def write_solution(
     stack: ParticleStack,  # N images
     found: PoseSolution,
     *,
+    run: str | Path,  # the folder as the user names it
     facts: Mapping[str, Any],  # what was asked for, by name
     warnings: Sequence[str] = (),  # one sentence each
     cs: bool = False,  # write particles.cs also where the input was no cs file
@@ -353,7 +368,7 @@ def write_solution(
     write_poses(folder, stack, found.poses, cs=cs)
     write_scores(folder, stack, found.score.numpy(), suspect=suspect)
     write_json(folder / "diagnosis.json", tabulate_diagnosis(found, suspect))
-    for section in make_sections(folder, stack, found, suspect=suspect, facts=facts, warnings=warnings):
+    for section in make_sections(folder, stack, found, run=run, suspect=suspect, facts=facts, warnings=warnings):
         save_section(folder, section)
     assemble_report(folder, f"Ab initio: {found.diagnosis.verdict}")
 
@@ -392,7 +407,7 @@ def abinit_run(
                 temporary.mkdir()
                 with record_log(RunFolder(temporary), records):
                     write_source(temporary, particles, reading, asked=asked)
-                    write_solution(temporary, stack, found, facts={**asked, **{f"{stage}, s": s for stage, s in progress.seconds.items()}}, warnings=warnings, cs=cs)
+                    write_solution(temporary, stack, found, run=out, facts={**asked, **{f"{stage}, s": s for stage, s in progress.seconds.items()}}, warnings=warnings, cs=cs)
         except FileExistsError as error:
             raise RunError(f"Another process has just made {out}; choose another name with -o.") from error
     return out
@@ -438,7 +453,7 @@ def describe_run(
 ) -> str:
     "Return in words what an ab initio run found and what can be done with it."
     found = json.loads((Path(run) / "diagnosis.json").read_text())
-    resolution = "no resolution" if found["resolution_0.143"] is None else f"{found['resolution_0.143']:.3g} Å between half-maps"
+    resolution = "no resolution" if found["resolution_0.143"] is None else f"{found['resolution_0.143']:.3g} Å between half-maps at FSC .143"
     lines = [found["words"], f"{resolution}, {found['n_suspects']} of {found['n_images']} images are suspects of junk: {run}"]
     if found["verdict"] != "failed":
         lines.append(f"next: recon train {run} -o NAME, or {Path(run) / 'particles.star'} in RELION; the hand is arbitrary (--flip-hand gives the other)")
