@@ -31,7 +31,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         "Whether the two are one answer, in one hand."
-        return self.correlation >= 0.8 and self.other <= self.same / 2
+        return self.correlation >= 0.8 and self.other <= self.same / 4
 
 # %% ../nbs/42c_diagnosis.ipynb #44c0b34e
 def compare_poses(

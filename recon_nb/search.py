@@ -8,7 +8,7 @@ __all__ = ['SignalSpectrum', 'measure_signal', 'SearchPlan', 'plan_search', 'Whi
 
 # %% ../nbs/42a_search.ipynb #2b22ad63
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,11 @@ class SignalSpectrum:
         information = self.information
         return float(information[min(10, len(information) - 1)] - information[2])
 
+    @property
+    def is_barren(self) -> bool:
+        "Whether images offer fewer than 3 nats to orient by: the best of tens of thousands of wrong poses offers more by chance."
+        return self.orienting < 3
+
 # %% ../nbs/42a_search.ipynb #cb42e4d9
 def measure_signal(
     dataset: ParticleDataset,  # N images
@@ -63,7 +68,7 @@ def measure_signal(
     along = square.square().sum(0)
     rest_one, rest_power = 1 - square * (square.sum(0) / along), power - square * ((square * power).sum(0) / along)  # what the CTF does not explain
     lever = float((weight * rest_one.square().sum(0)).sum())
-    lowest = float(mean[trusted].min())
+    lowest = float((mean * (1 + 2 / (count * len(rows)).clamp(min=1).sqrt()))[trusted].min())  # the least of many shells is low by chance
     white = float((weight * (rest_one * rest_power).sum(0)).sum()) / lever if lever > 1e-3 * float((weight * len(rows)).sum()) else lowest
     noise = min(max(white, 0.05 * lowest), lowest)
     signal = ((mean - noise) / square.mean(0)).clamp(min=0)
@@ -84,6 +89,8 @@ class SearchPlan:
     step: float = 15.0  # degrees between rotations
     final_step: float = 15.0  # degrees, of the pass over all images
     n_candidates: int = 1  # poses of each image that are refined after that pass
+    second_radius: float = 0.0  # Fourier px, of a second pass, in the map that the first makes; 0: none
+    second_candidates: int = 20  # poses of each image that are refined after the second pass
     shift_step: float = 1 / 32  # fraction of the box, between the shifts tried
     shift_sigma: float = 0.04  # fraction of the box, standard deviation of shifts expected along x and y
 
@@ -110,6 +117,10 @@ def plan_search(
         "final_step": 10.0 if faint else 15.0,
         "n_candidates": int(min(max(round(220 / nats), 2), 12)),
     }
+    if faint:
+        chosen.update(n_candidates=6, second_radius=min(1.25 * chosen["radius"], box / 2 - 0.1))
+    if spectrum.is_barren:  # enough to say so
+        chosen.update(batch_size=min(500, n_images // 2), n_batches=10, n_hold=2, radius=min(8.0, reach), final_step=15.0, n_candidates=1, second_radius=0.0)
     chosen["start_radius"] = min(4.0, chosen["radius"])
     return SearchPlan(**{**chosen, **settings})
 
@@ -285,6 +296,8 @@ def march(
     plan: SearchPlan,
     running: RunningMap,  # empty, or a start; added to
     generator: torch.Generator,  # on the CPU; fixes the start, the batches and the grids
+    *,
+    polish: Callable[[Tensor, Poses, Tensor, float], Poses] | None = None,  # (rows, poses, grid, radius) -> better poses; used once the radius is reached
 ) -> Iterator[MarchStep]:
     "Search batch by batch, yielding what each one found; when it ends, `running` holds the map."
     batches, device = draw_batches(images.n_images, min(plan.batch_size, images.n_images), generator), images.device
@@ -297,8 +310,9 @@ def march(
     for i in range(plan.n_batches + 4 * plan.n_hold):
         radius = min(plan.start_radius + (plan.radius - plan.start_radius) * i / max(plan.n_batches - 1, 1), plan.radius)
         rows, turn = next(batches), sample_rotations(1, generator)[0].to(device)
-        poses, score = find_poses(images, rows, running.make_grid(), base @ turn, radius=radius, shifts=shifts, shift_sigma=plan.shift_sigma)
-        poses = poses[:, 0]
+        grid = running.make_grid()
+        poses, score = find_poses(images, rows, grid, base @ turn, radius=radius, shifts=shifts, shift_sigma=plan.shift_sigma)
+        poses = poses[:, 0] if polish is None or i < plan.n_batches else polish(rows, poses[:, 0], grid, radius)
         running.sums *= plan.forget
         running.add(rows, poses, radius)
         share = float(score.mean()) / max(float(information[math.floor(radius)]), 1e-6)

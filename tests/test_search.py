@@ -68,8 +68,9 @@ def test_best_of_scores_by_hand():
 def test_less_signal_means_larger_batches(simulated):
     spectrum = measure_signal(ParticleDataset(simulated.stack, window_radius=1.5))
     weaken = lambda f: type(spectrum)(f * spectrum.noise, spectrum.signal, spectrum.transfer, spectrum.count)
-    sizes = [plan_search(weaken(f), 10**5, 64).batch_size for f in (1, 3, 10, 30, 100)]
+    sizes = [plan_search(weaken(f), 10**5, 64).batch_size for f in (1, 3, 10, 30) if not weaken(f).is_barren]
     assert sizes == sorted(sizes) and 250 <= sizes[0] < sizes[-1] <= 2500
+    assert len(sizes) >= 3 and plan_search(weaken(1e3), 10**5, 64).n_batches <= 10  # nothing to orient by: told quickly
     with pytest.raises(ConfigError, match='no setting radios'):
         plan_search(spectrum, 400, 20, radios=3)
     with pytest.raises(InputError, match='19 images'):
