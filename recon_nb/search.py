@@ -120,7 +120,7 @@ def plan_search(
     if faint:
         chosen.update(n_candidates=6, second_radius=min(1.25 * chosen["radius"], box / 2 - 0.1))
     if spectrum.is_barren:  # enough to say so
-        chosen.update(batch_size=min(500, n_images // 2), n_batches=10, n_hold=2, radius=min(8.0, reach), final_step=15.0, n_candidates=1, second_radius=0.0)
+        chosen.update(batch_size=min(500, n_images // 2), n_batches=10, n_hold=4, radius=min(8.0, reach), final_step=15.0, n_candidates=1, second_radius=0.0)
     chosen["start_radius"] = min(4.0, chosen["radius"])
     return SearchPlan(**{**chosen, **settings})
 
@@ -267,7 +267,7 @@ class MarchStep:
 # %% ../nbs/42a_search.ipynb #3bd256d1
 def is_rising(
     shares: list[float],  # of consecutive batches at one radius
-    window: int,  # batches to compare with as many before them
+    window: int,  # batches to compare with as many before them, at least 2
 ) -> bool:
     "Tell whether the last batches explain more than those before, by more than chance and by more than a thousandth."
     if len(shares) < 2 * window:
@@ -318,5 +318,5 @@ def march(
         share = float(score.mean()) / max(float(information[math.floor(radius)]), 1e-6)
         yield MarchStep(radius, rows, poses, share)
         held = [*held, share] if i >= plan.n_batches else []
-        if len(held) >= plan.n_hold and not is_rising(held, max(plan.n_hold // 2, 1)):
+        if len(held) >= plan.n_hold and not is_rising(held, max(plan.n_hold // 2, 2)):
             return
