@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'advice', 'AbInitConfig', 'choose_radii', 'check_images', 'crop_stack', 'Progress', 'solve_by_search',
-           'refine_at_box', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores', 'plot_agreement',
+           'choose_network', 'learn_networks', 'judge_poses', 'solve_by_network', 'solve_by_both', 'refine_at_box',
+           'check_settings', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores', 'plot_agreement',
            'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections', 'write_poses', 'write_scores',
            'write_solution', 'abinit_run', 'write_source', 'read_source', 'read_verdict', 'describe_run']
 
@@ -26,18 +27,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from .amortised import AmortisedConfig, make_amortised_config, plan_radius, solve_amortised
 from .analysis import fact_names, save_figures
-from .core import ConfigError, InputError, Poses, RunError, Selection, okabe_ito, pick_device, write_atomic
+from .core import ConfigError, InputError, Poses, RunError, Selection, make_generator, okabe_ito, pick_device, write_atomic
 from .datasets import ParticleDataset, ParticleStack, find_warnings, inspect_stack, load_stack, measure_contrast
-from .diagnosis import Diagnosis
+from .diagnosis import Agreement, Diagnosis, compare_poses, measure_evenness, measure_gain
 from .files import CryosparcSource, build_cryosparc_source, change_table, write_particles, write_volume
 from .fourier import Lattice
 from .fsc import compute_fsc, find_resolution, plot_fsc, write_fsc
-from .refinement import finish_solution
+from .refinement import build_map, finish_solution, refine_poses
 from .report import Section, assemble_report, describe_versions, render_code, render_facts, render_files, render_text, render_warnings, save_section
 from .runs import DataConfig, RunConfig, RunFolder, collect_log, describe_inputs, record_log, remove_leftovers, require_free, save_arrays, write_json
 from .runs import Section as Settings
-from .search import WhitenedImages
+from .search import WhitenedImages, plan_search
 from .so3 import mirror_rotations, plot_view_directions
 from .solver import PoseSolution, solve_poses
 from .volumes import flip_hand as mirror_volume
@@ -48,10 +50,11 @@ from .volumes import plot_sections
 class AbInitConfig(Settings):
     "How poses are to be found."
 
-    method: Literal["search"] = "search"  # how poses are found
-    start_resolution: float | None = None  # Å at which the search begins; null = four shells of the box
-    end_resolution: float | None = None  # Å at which the search ends and refinement goes on; null = by the signal
-    starts: int | None = None  # independent starts at least; more are made while no two agree; null = 2
+    method: Literal["search", "amortised", "combined"] = "search"  # how poses are found: by searching, by a network that learns them, or by a search that begins at a network's poses
+    preset: str | None = None  # settings of the network: quick, junk, small-protein, ribosome, as-published, or a .json file; null = the defaults
+    start_resolution: float | None = None  # Å at which the search begins, or the network where one learns; null = a few shells of the box
+    end_resolution: float | None = None  # Å at which that ends; null = by the signal
+    starts: int | None = None  # independent starts at least, which are compared; a search makes more while no two agree; null = 2
     max_box: int = 128  # px, larger images are Fourier-cropped to this; poses and shifts fit the original images
     full_box: bool = False  # refine once more at the box of the images, where that is larger
     seed: int = 0  # fixes everything
@@ -138,7 +141,79 @@ def solve_by_search(
     return solve_poses(dataset, seed=config.seed, n_starts=starts, max_starts=max(starts, 5), report=report, device=device, **choose_radii(config, dataset.lattice))
 
 # %% ../nbs/55_abinit.ipynb #fde0d385
-methods: dict[str, Callable[..., PoseSolution]] = {"search": solve_by_search}
+def choose_network(
+    config: AbInitConfig,
+) -> AmortisedConfig:
+    "Return the settings of the network: those of the preset, with the resolutions that were asked for."
+    asked = {name: getattr(config, name) for name in ("start_resolution", "end_resolution") if getattr(config, name) is not None}
+    return make_amortised_config(config.preset, asked)
+
+# %% ../nbs/55_abinit.ipynb #d7540147
+def learn_networks(
+    dataset: ParticleDataset,  # N images
+    config: AbInitConfig,
+    n_networks: int,
+    *,
+    device: torch.device | str,
+    report: Callable[[str, float], None] | None = None,  # told a stage and the share of it that is done
+) -> list[Poses]:  # (N,) of each network, shifts in Å; the network that explains most comes first
+    "Let networks learn the poses of the images, each from its own seed."
+    learnt = []
+    for i in range(n_networks):
+        tell = None if report is None else lambda stage, share, name=f"network {i + 1}": report(name, share) if stage.startswith("start") else None
+        learnt.append(solve_amortised(dataset, choose_network(config), seed=config.seed + i, device=device, report=tell))
+    return [found.poses for found in sorted(learnt, key=lambda found: -max(found.shares))]
+
+# %% ../nbs/55_abinit.ipynb #d8ae7d21
+def judge_poses(
+    images: WhitenedImages,
+    poses: Poses,  # (N,) with shifts as fractions of the box
+    others: Sequence[Poses],  # (N,) each, of independent starts
+    *,
+    seed: int,  # fixes the control
+) -> PoseSolution:  # shifts in Å
+    "Make maps, scores and a diagnosis of poses as they are, without refining them."
+    plan, everything, generator = plan_search(images.spectrum, images.n_images, images.box), torch.arange(images.n_images), make_generator(seed, "judge")
+    some, edge, width = everything[:1000], images.box / 2 - 1e-3, images.box * images.lattice.pixel_size
+    compared = [compare_poses(images, some, poses[some], other[some], radius=plan.radius) for other in others]
+    agreement = max(compared, key=lambda found: found.correlation, default=Agreement(0.0, 0.0, 0.0, False))
+    gain = measure_gain(images, everything, poses, radius=plan.radius, generator=generator, shift_sigma=plan.shift_sigma)
+    grid = build_map(images, everything, poses, plan.radius).make_grid()
+    loss = refine_poses(images, everything, poses, grid=grid, radius=plan.radius, shift_sigma=plan.shift_sigma, n_steps=0)[1]
+    empty = torch.cat([images.read(part, plan.radius)[1]["images"].abs().square().sum(1) / 2 for part in everything.split(2048)])
+    full, half1, half2 = (build_map(images, rows, poses[rows], edge).make_volume() for rows in (everything, everything[::2], everything[1::2]))
+    diagnosis = Diagnosis(agreement, gain, images.spectrum.orienting, measure_evenness(poses.rot), 1 + len(others))
+    return PoseSolution(Poses(poses.rot.cpu(), poses.shift.cpu() * width), full, half1, half2, compute_fsc(half1, half2), diagnosis, plan, (empty - loss).cpu())
+
+# %% ../nbs/55_abinit.ipynb #3bd7b368
+def solve_by_network(
+    dataset: ParticleDataset,  # N images
+    config: AbInitConfig,
+    *,
+    device: torch.device | str,
+    report: Callable[[str, float], None] | None = None,  # told a stage and the share of it that is done
+) -> PoseSolution:
+    "Let networks learn poses; nothing is searched or refined."
+    learnt, images = learn_networks(dataset, config, config.starts or 2, device=device, report=report), WhitenedImages(dataset, device=device)
+    width = images.box * images.lattice.pixel_size
+    best, *others = [Poses(poses.rot, poses.shift / width).to(images.device) for poses in learnt]
+    return judge_poses(images, best, others, seed=config.seed)
+
+# %% ../nbs/55_abinit.ipynb #3570abbc
+def solve_by_both(
+    dataset: ParticleDataset,  # N images
+    config: AbInitConfig,
+    *,
+    device: torch.device | str,
+    report: Callable[[str, float], None] | None = None,  # told a stage and the share of it that is done
+) -> PoseSolution:
+    "Let a network learn poses, and begin a search at them."
+    starts = config.starts or 2
+    learnt = learn_networks(dataset, config, 1, device=device, report=report)[0]
+    return solve_poses(dataset, seed=config.seed, n_starts=starts, max_starts=max(starts, 5), initial=learnt, report=report, device=device)
+
+# %% ../nbs/55_abinit.ipynb #7482efe5
+methods: dict[str, Callable[..., PoseSolution]] = {"search": solve_by_search, "amortised": solve_by_network, "combined": solve_by_both}
 
 # %% ../nbs/55_abinit.ipynb #02368897
 def refine_at_box(
@@ -154,6 +229,19 @@ def refine_at_box(
     poses, score, full, halves = finish_solution(images, start, radius=found.map.box / 2 - 1)
     poses = Poses(poses.rot.cpu(), poses.shift.cpu() * width)
     return replace(found, poses=poses, map=full, half1=halves[0], half2=halves[1], fsc=compute_fsc(*halves), score=score.cpu())
+
+# %% ../nbs/55_abinit.ipynb #42ebb324
+def check_settings(
+    config: AbInitConfig,
+    stack: ParticleStack,  # N images as they will be searched
+) -> None:
+    "Raise `ConfigError` for resolutions that the images do not hold, or a preset that the method has no use for."
+    if config.method == "search" and config.preset is not None:
+        raise ConfigError(f'The preset "{config.preset}" is one of the network, and --method search has none; use --method amortised or combined, or leave it out.')
+    if config.method == "search":
+        choose_radii(config, Lattice(stack.box, stack.pixel_size))
+    else:
+        plan_radius(choose_network(config), 1.0, box=stack.box, pixel_size=stack.pixel_size)
 
 # %% ../nbs/55_abinit.ipynb #3d804122
 def flip_solution(
@@ -389,7 +477,7 @@ def abinit_run(
         require_free(out)
         stack = load_stack(particles, **reading)
         warnings = check_images(stack)
-        choose_radii(config, Lattice(min(stack.box, config.max_box), crop_stack(stack, config.max_box).pixel_size))
+        check_settings(config, crop_stack(stack, config.max_box))
         logger = logging.getLogger("recon_nb")
         for warning in warnings:
             logger.warning(warning)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from recon_nb import abinit
 from recon_nb.abinit import AbInitConfig, choose_radii, find_suspects, read_source, solve_by_search, solve_stack
+from recon_nb.amortised import PRESETS
 from recon_nb.cli import main
 from recon_nb.core import InputError, Selection
 from recon_nb.datasets import load_stack
@@ -190,6 +191,9 @@ def test_nan_is_refused(recon, data, tmp_path):
     (['--starts', '0'], 'abinit.starts is 0'),
     (['--max-box', '4'], 'abinit.max_box is 4'),
     (['--method', 'guess'], 'invalid choice'),
+    (['--preset', 'quick'], '--method search has none'),
+    (['--method', 'amortised', '--preset', 'quik'], 'quick'),
+    (['--method', 'amortised', '--end-resolution', '1'], 'Fourier px'),
     (['--poses', 'x.star'], '--poses'),
     (['--box', '400'], 'cannot be made of images of 20 px'),
 ])
@@ -248,6 +252,22 @@ def test_search_without_settings_solves_and_says_so(simulated):
     assert abinit.methods['search'] is solve_by_search
     assert found.diagnosis.verdict == 'solved', found.diagnosis.describe()
     assert align_poses(found.poses.rot, simulated.poses.rot).median < 5
+
+
+@pytest.mark.parametrize(('method', 'verdicts'), [('amortised', {'failed', 'ambiguous'}), ('combined', {'solved'})])
+def test_methods_with_a_network_leave_the_same_folder(recon, data, simulated, solved, tmp_path, method, verdicts):
+    (tmp_path / 'tiny.json').write_text(json.dumps({'epochs': 2.0, 'width': 16, 'n_blocks': 1}))
+    recon('abinit', data / 'particles.star', '-o', tmp_path / 'run', '--method', method, '--preset', tmp_path / 'tiny.json', '--cs', '--device', 'cpu')
+    found = json.loads((tmp_path / 'run' / 'diagnosis.json').read_text())
+    assert found['verdict'] in verdicts and found['n_starts'] >= 2, found['words']  # two short lessons agree on nothing; a search does not need them
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {path.name for path in solved.iterdir()}
+    if method == 'combined':
+        assert align_poses(load_stack(data / 'particles.star', poses=tmp_path / 'run').poses.rot, simulated.poses.rot).median < 5
+
+
+def test_help_names_the_presets_of_the_network(recon):
+    text = ''.join(recon('abinit', '--help')[1].split())  # argparse breaks lines at hyphens too
+    assert all(name in text for name in PRESETS)
 
 
 def test_resolutions_become_radii_of_the_searched_box(simulated):
