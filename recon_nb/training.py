@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['rate_schedules', 'rate_scales', 'largest_batch', 'draw_noise', 'cycle_once', 'compute_learning_rate',
            'compute_radius', 'draw_coefficients', 'limit_coefficients', 'estimate_activations', 'choose_batch_size',
-           'settle_batch_size', 'PoseTable', 'join_team', 'wait_for_team', 'gather_objects', 'weigh_terms',
-           'compute_shares', 'average_sparse_gradient', 'list_parameter_groups', 'Learner', 'build_adam',
-           'get_random_state', 'set_random_state', 'Progress', 'EpochStats', 'Meter', 'StopRequest', 'catch_signals',
-           'save_progress', 'restore_progress', 'refine_poses', 'settle_data', 'choose_shown', 'walk_epoch', 'fit',
-           'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded', 'measure_spread', 'build_run_model',
-           'compile_model', 'log_suspicions', 'load_dataset', 'load_model', 'load_pose_table', 'encode_epoch',
-           'require_trainable', 'prepare_training', 'choose_teach_steps', 'start_encoder', 'save_start', 'train_run']
+           'settle_batch_size', 'PoseTable', 'join_team', 'wait_for_team', 'gather_objects', 'sum_over_team',
+           'sum_gradients', 'weigh_terms', 'compute_shares', 'average_sparse_gradient', 'list_parameter_groups',
+           'Learner', 'build_adam', 'get_random_state', 'set_random_state', 'Progress', 'EpochStats', 'Meter',
+           'StopRequest', 'catch_signals', 'save_progress', 'restore_progress', 'refine_poses', 'settle_data',
+           'choose_shown', 'walk_epoch', 'fit', 'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded',
+           'measure_spread', 'build_run_model', 'compile_model', 'log_suspicions', 'load_dataset', 'load_model',
+           'load_pose_table', 'encode_epoch', 'require_trainable', 'prepare_training', 'choose_teach_steps',
+           'start_encoder', 'save_start', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -237,6 +238,29 @@ def gather_objects(
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+# %% ../nbs/41_training.ipynb #92b34f29
+def sum_over_team(
+    mine: Tensor,  # (...) this process's part
+) -> Tensor:  # (...)
+    "Return the sum over all processes, the same bits on each."
+    if not dist.is_initialized():
+        return mine
+    total = mine.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+# %% ../nbs/41_training.ipynb #3d2ec7ca
+def sum_gradients(
+    parameters: list[nn.Parameter],  # the same on every process
+) -> None:
+    "Replace gradients by their sum over all processes; a parameter without one counts as zero."
+    if not dist.is_initialized() or not parameters:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = sum_over_team(torch.cat([grad.flatten() for grad in grads]))
+    for parameter, part in zip(parameters, total.split([grad.numel() for grad in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 # %% ../nbs/41_training.ipynb #ea855306
 def weigh_terms(
