@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'map_kinds', 'AmortisedConfig', 'make_amortised_config', 'plan_radius', 'plan_keep', 'plan_disturbance',
-           'ClosedMap', 'GradientMap', 'disturb_poses', 'AmortisedStep', 'PoseLearner', 'learn_poses',
+           'ClosedMap', 'GradientMap', 'disturb_poses', 'AmortisedStep', 'PoseLearner', 'learn_poses', 'read_poses',
            'AmortisedSolution', 'train_start', 'solve_amortised']
 
 # %% ../nbs/42f_amortised.ipynb #4d1bab74
@@ -39,7 +39,7 @@ class AmortisedConfig(Section):
     trunk: Literal["mlp", "resnet"] = "mlp"  # first part of the encoder
     activation: Literal["siren", "relu"] = "relu"  # of its last layers
     width: int = 256  # features in every layer of the encoder
-    n_blocks: int = 3  # its depth
+    n_blocks: int = 1  # its depth
     n_heads: int = 1  # guesses for each turn of an image
     turns: Literal["eight", "four", "random", "none"] = "eight"  # by which images are turned
     mirror: bool = True  # mirrored images too
@@ -68,7 +68,7 @@ class AmortisedConfig(Section):
 
 # %% ../nbs/42f_amortised.ipynb #bf7fabe1
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"epochs": 10.0, "n_blocks": 1},
+    "quick": {"epochs": 6.0, "turns": "four"},
     "junk": {"keep": 0.8, "rank_by": "gain"},
     "small-protein": {"end_resolution": 8.0, "mask_radius": 0.35, "memory": 2560},
     "ribosome": {"start_resolution": 100.0, "end_resolution": 20.0},
@@ -328,22 +328,6 @@ class PoseLearner:
         share = float(((empty - errors.detach()) * power).mean()) / (2 * allowed)
         return radius, float(errors.detach().mean()), share
 
-    @torch.no_grad()
-    def place(
-        self,
-        rows: Tensor,  # (n,) int64
-        n_part: int = 256,  # images at a time
-    ) -> tuple[Poses, Tensor, Poses]:  # of the winners (n,), with shifts as fractions of the box; errors (n,); of the image as it is (n,)
-        "Return the poses of images."
-        turns, found = make_turns("eight" if self.config.turns == "random" else self.config.turns, mirror=self.config.mirror).to(self.images.device), []
-        for part in rows.split(n_part):
-            k, given = self.images.read(part, self.radius)
-            winner, errors, guesses = self.find_winners(self.show(part), turns, k, given)
-            each = torch.arange(len(part), device=errors.device)
-            found.append((guesses.rot[each, winner], guesses.shift[each, winner], errors, guesses.rot[:, 0], guesses.shift[:, 0]))
-        rot, shift, errors, plain_rot, plain_shift = (torch.cat(column) for column in zip(*found, strict=True))
-        return Poses(rot, shift), errors, Poses(plain_rot, plain_shift)
-
 # %% ../nbs/42f_amortised.ipynb #a9dac507
 def learn_poses(
     learner: PoseLearner,
@@ -356,6 +340,24 @@ def learn_poses(
     for i in range(n_steps):
         radius, loss, share = learner.step(next(batches), i / n_steps)
         yield AmortisedStep((i + 1) * size, (i + 1) / n_steps, radius, loss, share)
+
+# %% ../nbs/42f_amortised.ipynb #91404bad
+@torch.no_grad()
+def read_poses(
+    learner: PoseLearner,
+    rows: Tensor,  # (n,) int64
+    n_part: int = 256,  # images at a time
+) -> tuple[Poses, Tensor, Poses]:  # of the winners (n,), with shifts as fractions of the box; errors (n,); of the image as it is (n,)
+    "Return the poses of images."
+    config, images = learner.config, learner.images
+    turns, found = make_turns("eight" if config.turns == "random" else config.turns, mirror=config.mirror).to(images.device), []
+    for part in rows.split(n_part):
+        k, given = images.read(part, learner.radius)
+        winner, errors, guesses = learner.find_winners(learner.show(part), turns, k, given)
+        each = torch.arange(len(part), device=errors.device)
+        found.append((guesses.rot[each, winner], guesses.shift[each, winner], errors, guesses.rot[:, 0], guesses.shift[:, 0]))
+    rot, shift, errors, plain_rot, plain_shift = (torch.cat(column) for column in zip(*found, strict=True))
+    return Poses(rot, shift), errors, Poses(plain_rot, plain_shift)
 
 # %% ../nbs/42f_amortised.ipynb #d7a98679
 @dataclass(frozen=True)
@@ -407,7 +409,7 @@ def solve_amortised(
     learner, history, _ = best
     if report:
         report("reading poses", 0.0)
-    poses, loss, direct = learner.place(torch.arange(images.n_images))
+    poses, loss, direct = read_poses(learner, torch.arange(images.n_images))
     width = images.box * images.lattice.pixel_size
     in_angstrom = lambda given: Poses(given.rot.cpu(), given.shift.cpu() * width)
     return AmortisedSolution(in_angstrom(poses), in_angstrom(direct), loss.cpu(), learner.map.make_volume(), history, shares, config)
