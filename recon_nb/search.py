@@ -90,7 +90,7 @@ class SearchPlan:
     final_step: float = 15.0  # degrees, of the pass over all images
     n_candidates: int = 1  # poses of each image that are refined after that pass
     second_radius: float = 0.0  # Fourier px, of a second pass, in the map that the first makes; 0: none
-    second_candidates: int = 20  # poses of each image that are refined after the second pass
+    second_candidates: int = 40  # poses of each image that are refined after the second pass
     shift_step: float = 1 / 32  # fraction of the box, between the shifts tried
     shift_sigma: float = 0.04  # fraction of the box, standard deviation of shifts expected along x and y
 

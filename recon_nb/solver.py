@@ -47,14 +47,14 @@ def place_images(
     report: Callable[[str, float], None] | None = None,  # told "placing" and the share that is done
 ) -> Poses:  # (n,)
     "Return poses in a map, searched on a grid and refined from the best candidates."
-    device, grid = images.device, running.make_grid()
+    device, grid, n_steps = images.device, running.make_grid(), 4 if plan.n_candidates <= 12 else 3  # many candidates: enough to rank them
     rotations = (make_rotation_grid(plan.final_step) @ sample_rotations(1, generator)[0]).to(device)
     placed = []
     for part in rows.split(2000):
         candidates, _ = find_poses(
             images, part, grid, rotations, radius=plan.radius, shifts=list_shifts(plan.shift_step).to(device), shift_sigma=plan.shift_sigma, n_best=plan.n_candidates,
         )
-        placed.append(refine_candidates(images, part, candidates, grid=grid, radius=plan.radius, shift_sigma=plan.shift_sigma)[0])
+        placed.append(refine_candidates(images, part, candidates, grid=grid, radius=plan.radius, shift_sigma=plan.shift_sigma, n_steps=n_steps)[0])
         if report:
             report("placing", sum(len(p.rot) for p in placed) / len(rows))
     return Poses(torch.cat([p.rot for p in placed]), torch.cat([p.shift for p in placed]))
