@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['methods', 'advice', 'AbInitConfig', 'choose_radii', 'check_images', 'crop_stack', 'Progress', 'solve_by_search',
-           'choose_network', 'learn_networks', 'judge_poses', 'solve_by_network', 'solve_by_both', 'refine_at_box',
-           'check_settings', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores', 'plot_agreement',
-           'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections', 'write_poses', 'write_scores',
-           'write_solution', 'abinit_run', 'write_source', 'read_source', 'read_verdict', 'describe_run']
+           'choose_network', 'learn_networks', 'search_again', 'judge_poses', 'solve_by_network', 'solve_by_both',
+           'refine_at_box', 'check_settings', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores',
+           'plot_agreement', 'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections', 'write_poses',
+           'write_scores', 'write_solution', 'abinit_run', 'write_source', 'read_source', 'read_verdict',
+           'describe_run']
 
 # %% ../nbs/55_abinit.ipynb #b1763f8b
 import dataclasses
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .amortised import AmortisedConfig, make_amortised_config, plan_radius, solve_amortised
@@ -39,8 +41,8 @@ from .refinement import build_map, finish_solution, refine_poses
 from .report import Section, assemble_report, describe_versions, render_code, render_facts, render_files, render_text, render_warnings, save_section
 from .runs import DataConfig, RunConfig, RunFolder, collect_log, describe_inputs, record_log, remove_leftovers, require_free, save_arrays, write_json
 from .runs import Section as Settings
-from .search import WhitenedImages, plan_search
-from .so3 import mirror_rotations, plot_view_directions
+from .search import SearchPlan, WhitenedImages, find_poses, list_shifts, plan_search
+from .so3 import make_rotation_grid, mirror_rotations, plot_view_directions, sample_rotations
 from .solver import PoseSolution, solve_poses
 from .volumes import flip_hand as mirror_volume
 from .volumes import plot_sections
@@ -165,6 +167,19 @@ def learn_networks(
     return [found.poses for found in sorted(learnt, key=lambda found: -max(found.shares))]
 
 # %% ../nbs/55_abinit.ipynb #d8ae7d21
+def search_again(
+    images: WhitenedImages,
+    rows: Tensor,  # (n,) int64, images to place
+    grid: Tensor,  # (2r+1, 2r+1, r+1) complex64, of a map
+    *,
+    plan: SearchPlan,
+    generator: torch.Generator,  # on the CPU; turns the grid of rotations
+) -> Poses:  # (n,) with shifts as fractions of the box
+    "Return where images fit best in a map, whatever is known of them."
+    rotations = (make_rotation_grid(plan.step) @ sample_rotations(1, generator)[0]).to(images.device)
+    return find_poses(images, rows, grid, rotations, radius=plan.radius, shifts=list_shifts(plan.shift_step).to(images.device), shift_sigma=plan.shift_sigma)[0][:, 0]
+
+# %% ../nbs/55_abinit.ipynb #d82c8a9b
 def judge_poses(
     images: WhitenedImages,
     poses: Poses,  # (N,) with shifts as fractions of the box
@@ -175,10 +190,12 @@ def judge_poses(
     "Make maps, scores and a diagnosis of poses as they are, without refining them."
     plan, everything, generator = plan_search(images.spectrum, images.n_images, images.box), torch.arange(images.n_images), make_generator(seed, "judge")
     some, edge, width = everything[:1000], images.box / 2 - 1e-3, images.box * images.lattice.pixel_size
-    compared = [compare_poses(images, some, poses[some], other[some], radius=plan.radius) for other in others]
-    agreement = max(compared, key=lambda found: found.correlation, default=Agreement(0.0, 0.0, 0.0, False))
-    gain = measure_gain(images, everything, poses, radius=plan.radius, generator=generator, shift_sigma=plan.shift_sigma)
     grid = build_map(images, everything, poses, plan.radius).make_grid()
+    searched = search_again(images, some, grid, plan=plan, generator=generator)
+    compared = [compare_poses(images, some, poses[some], other, radius=plan.radius) for other in (searched, *(other[some] for other in others))]
+    witness = max(compared[1:], key=lambda found: found.correlation, default=Agreement(0.0, 0.0, 0.0, False))
+    agreement = min(compared[0], witness, key=lambda found: (found.holds, found.same))
+    gain = measure_gain(images, everything, poses, radius=plan.radius, generator=generator, shift_sigma=plan.shift_sigma)
     loss = refine_poses(images, everything, poses, grid=grid, radius=plan.radius, shift_sigma=plan.shift_sigma, n_steps=0)[1]
     empty = torch.cat([images.read(part, plan.radius)[1]["images"].abs().square().sum(1) / 2 for part in everything.split(2048)])
     full, half1, half2 = (build_map(images, rows, poses[rows], edge).make_volume() for rows in (everything, everything[::2], everything[1::2]))
