@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['refine_poses', 'refine_candidates', 'find_support', 'build_map', 'build_reference', 'plan_refinement',
-           'refine_together', 'find_displacement', 'bring_to_frame', 'refine_halves', 'finish_solution']
+           'refine_together', 'measure_residual', 'straighten_series', 'solve_turns', 'refine_groups',
+           'find_displacement', 'bring_to_frame', 'refine_halves', 'finish_solution']
 
 # %% ../nbs/42b_refinement.ipynb #7f4eb9d2
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .core import InputError, Poses, Volume
-from .posekernels import collect_normal
-from .search import RunningMap, WhitenedImages
-from .so3 import PoseAlignment, align_poses, rotvec_to_matrix
+from .fourier import average_shells, compute_phase_ramp
+from .posekernels import collect_normal, read_slices
+from .search import RunningMap, SignalSpectrum, WhitenedImages
+from .so3 import PoseAlignment, align_poses, average_rotations, matrix_to_rotvec, rotation_distance, rotvec_to_matrix
+from .tiltseries import find_tilt_axes
 from .volumes import apply_radial_filter
 
 # %% ../nbs/42b_refinement.ipynb #08ba6471
@@ -123,10 +126,10 @@ def plan_refinement(
     radius: float,  # Fourier px, where the poses come from
     box: int,  # D, px
 ) -> list[float]:  # Fourier px, ascending
-    "Return radii by which refinement goes from there to the edge of the box, growing by half an octave at most; the last comes twice."
+    "Return radii by which refinement goes from there to the edge of the box, growing by two fifths or a little more; the last comes twice."
     end, radii = box / 2 - 0.1, [min(radius, box / 2 - 1)]
-    while radii[-1] * 1.9 < end:
-        radii.append(radii[-1] * 1.5)
+    while radii[-1] * 1.6 < end:
+        radii.append(radii[-1] * 1.4)
     if len(radii) == 1:
         radii.append((radii[0] + end) / 2)
     return [*radii, end, end]
@@ -147,6 +150,104 @@ def refine_together(
         grid = build_reference(images, rows, poses, radius).make_grid()
         poses, loss = refine_poses(images, rows, poses, grid=grid, radius=radius, **options)
     return poses, loss
+
+# %% ../nbs/42b_refinement.ipynb #b089fc16
+def measure_residual(
+    images: WhitenedImages,
+    rows: Tensor,  # (n,) int64, images that make the maps
+    poses: Poses,  # (n,) of these rows, with shifts as fractions of the box
+    *,
+    radius: float,  # Fourier px; shells beyond are taken to be like the last within
+    half: Tensor | None = None,  # (n,) bool, images of the first half; every other one where None
+) -> SignalSpectrum:
+    "Measure noise and signal by shell, from the difference of each half of the images to a map of the other half."
+    half = rows % 2 == 0 if half is None else half
+    m = images.lattice.count_within(radius)
+    shell, last = images.lattice.shell[:m].cpu(), math.floor(radius)
+    left, power = torch.zeros(2, m, dtype=torch.float64)
+    for test in (half, ~half):
+        grid = build_reference(images, rows[~test], poses[~test], radius).make_grid()
+        for part in torch.nonzero(test)[:, 0].split(2048):
+            k, given = images.read(rows[part], radius)
+            moved = given["images"] * compute_phase_ramp(k, poses.shift[part])
+            left += (moved - given["transfer"] * read_slices(grid, k, poses.rot[part])).abs().square().double().sum(0).cpu()
+            power += moved.abs().square().double().sum(0).cpu()
+    old = images.spectrum
+    scale = old.noise[shell] / (len(rows) * images.lattice.multiplicity[:m].cpu())  # back from whitened to measured units
+    average = lambda values: average_shells(values[None] * scale, shell, len(old.noise))[0].double()
+    noise, power = average(left), average(power)
+    signal = ((power - noise) / old.transfer).clamp(min=0.02 * noise / old.transfer)
+    extend = lambda values: torch.cat([values[1:2], values[1 : last + 1], values[last].expand(len(values) - last - 1)]).float()
+    return SignalSpectrum(extend(noise), extend(signal), old.transfer, old.count)
+
+# %% ../nbs/42b_refinement.ipynb #000c7b33
+def straighten_series(
+    rot: Tensor,  # (N, 3, 3), x_img = rot @ x_map
+    tilt_angle: Tensor,  # (N,) degrees, signed
+    particle: Tensor,  # (N,) int64, 0 to P-1
+) -> Tensor:  # (N, 3, 3)
+    "Return the nearest poses at which the images of each particle differ by their tilts alone, about one axis."
+    least = torch.stack([torch.nonzero(particle == p)[:, 0][tilt_angle[particle == p].abs().argmin()] for p in range(int(particle.max()) + 1)])
+    axis = find_tilt_axes(matrix_to_rotvec(rot @ rot[least[particle]].mT), torch.zeros_like(particle))[0]
+    options = []
+    for sign in (1.0, -1.0):
+        tilt = rotvec_to_matrix(sign * torch.deg2rad(tilt_angle).to(rot.dtype)[:, None] * axis)
+        untilted = tilt.mT @ rot
+        options.append(tilt @ torch.stack([average_rotations(untilted[particle == p]) for p in range(len(least))])[particle])
+    return min(options, key=lambda option: float(rotation_distance(option, rot).square().mean()))
+
+# %% ../nbs/42b_refinement.ipynb #40fda0ec
+def solve_turns(
+    rot: Tensor,  # (n, 3, 3) float64
+    downhill: Tensor,  # (n, 5) float64, of `collect_normal`
+    curvature: Tensor,  # (n, 5, 5) float64
+    *,
+    group: Tensor,  # (n,) int64, images that turn together
+    damping: Tensor,  # (g,) float64, Levenberg and Marquardt's
+) -> tuple[Tensor, Tensor]:  # rotation vectors (n, 3) in the frame of each image, shifts (n, 2)
+    "Solve for a rotation of each group, in the frame of the map, and a shift of each image."
+    across = curvature[:, :3, 3:]
+    inner = torch.linalg.solve(curvature[:, 3:, 3:], torch.cat([across.mT, downhill[:, 3:, None]], 2))  # (n, 2, 4)
+    system = rot.mT @ (curvature[:, :3, :3] - across @ inner[..., :3]) @ rot
+    pull = rot.mT @ (downhill[:, :3, None] - across @ inner[..., 3:])
+    system = system.new_zeros(len(damping), 3, 3).index_add_(0, group, system)
+    pull = pull.new_zeros(len(damping), 3, 1).index_add_(0, group, pull)
+    system += torch.diag_embed(system.diagonal(dim1=1, dim2=2) * damping[:, None] + 1e-12)
+    turn = rot @ torch.linalg.solve(system, pull)[group]
+    return turn[..., 0], (inner[..., 3:] - inner[..., :3] @ turn)[..., 0]
+
+# %% ../nbs/42b_refinement.ipynb #818e2ad8
+def refine_groups(
+    images: WhitenedImages,
+    rows: Tensor,  # (n,) int64
+    poses: Poses,  # (n,) of these rows, with shifts as fractions of the box
+    group: Tensor,  # (n,) int64, 0 to g-1, images that turn together
+    *,
+    grid: Tensor,  # (2r+1, 2r+1, r+1) complex64
+    radius: float,  # Fourier px
+    shift_sigma: float = 0.04,  # fraction of the box, standard deviation of shifts expected
+    n_steps: int = 6,  # trial steps
+) -> Poses:  # (n,)
+    "Return poses that explain images better, by one rotation for each group and one shift for each image."
+    (k, given), n_groups = images.read(rows, radius), int(group.max()) + 1
+    precision = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64) / shift_sigma**2
+
+    def look(pose: Poses) -> tuple[Tensor, Tensor, Tensor]:
+        loss, downhill, curvature = (value.double() for value in collect_normal(grid, k, pose.rot, pose.shift, **given))
+        pull = torch.nn.functional.pad(pose.shift.double(), (3, 0))
+        loss = loss + (pull.square() * precision).sum(1) / 2
+        return loss.new_zeros(n_groups).index_add_(0, group, loss), downhill - pull * precision, curvature + torch.diag(precision)
+
+    state, damping = look(poses), torch.full((n_groups,), 1e-2, dtype=torch.float64)
+    for _ in range(n_steps):
+        turn, move = solve_turns(poses.rot.double(), *state[1:], group=group, damping=damping)
+        there = Poses(rotvec_to_matrix(turn.float()) @ poses.rot, poses.shift + move.float())
+        trial = look(there)
+        better = trial[0] < state[0]
+        choose = lambda new, old: torch.where((better[group] if len(new) == len(group) else better).view(-1, *[1] * (new.ndim - 1)), new, old)
+        poses = Poses(choose(there.rot, poses.rot), choose(there.shift, poses.shift))
+        state, damping = (torch.where(better, trial[0], state[0]), *map(choose, trial[1:], state[1:])), torch.where(better, damping / 5, damping * 8)
+    return poses
 
 # %% ../nbs/42b_refinement.ipynb #0f58e1d4
 def find_displacement(
@@ -200,12 +301,15 @@ def finish_solution(
     *,
     radius: float,  # Fourier px, of the search
     shift_sigma: float = 0.04,  # fraction of the box, standard deviation of shifts expected
+    report: Callable[[str, float], None] | None = None,  # told "refining" and the share of it that is done
 ) -> tuple[Poses, Tensor, Volume, tuple[Volume, Volume]]:  # poses (N,) with shifts as fractions of the box, score (N,), map, half-maps
     "Refine all poses to the edge of the box; return them with score, map and half-maps."
-    rows, radii = torch.arange(images.n_images), plan_refinement(radius, images.box)
-    poses, loss = refine_together(images, rows, start, radii=radii, shift_sigma=shift_sigma)
+    rows, radii, poses = torch.arange(images.n_images), plan_refinement(radius, images.box), start
+    work = torch.tensor(radii).square().cumsum(0) / (2 * torch.tensor(radii).square().sum())  # half-maps take as long again
+    for r, done in zip(radii, work.tolist(), strict=True):
+        poses, loss = refine_together(images, rows, poses, radii=[r], shift_sigma=shift_sigma)
+        if report:
+            report("refining", done)
     empty = torch.cat([images.read(part, radii[-1])[1]["images"].abs().square().sum(1) / 2 for part in rows.split(2048)])
     full = build_map(images, rows, poses, images.box / 2 - 1e-3).make_volume()
     return poses, empty - loss, full, refine_halves(images, start, poses, radii=radii, shift_sigma=shift_sigma)
-
-
