@@ -1,15 +1,15 @@
 """The search for poses: compiled kernels against torch, scores against their definition, the same answer twice, and noise that stays noise."""
 import pytest
 import torch
-from recon_nb.core import ConfigError, InputError, Poses, make_generator
+from recon_nb.core import ConfigError, CTFParams, InputError, Poses, make_generator
 from recon_nb.datasets import ParticleDataset
-from recon_nb.diagnosis import Agreement, Diagnosis, Gain
+from recon_nb.diagnosis import Agreement, Diagnosis, Gain, compare_poses
 from recon_nb.fourier import Lattice, compute_phase_ramp
 from recon_nb.imaging import volume_to_grid
 from recon_nb.posekernels import add_images, collect_normal, read_slices
 from recon_nb.search import RunningMap, WhitenedImages, draw_batches, find_poses, is_rising, list_shifts, measure_signal, pick_best, plan_search
 from recon_nb.simulate import make_phantom, simulate_stack
-from recon_nb.so3 import align_poses, sample_rotations
+from recon_nb.so3 import align_poses, mirror_rotations, rotvec_to_matrix, sample_rotations
 from recon_nb.solver import solve_poses
 
 QUICK = {'batch_size': 100, 'n_batches': 20, 'n_hold': 4, 'radius': 6.0, 'step': 25.0, 'final_step': 20.0, 'n_candidates': 2}
@@ -98,6 +98,39 @@ def test_poses_are_found_again_and_the_same_twice(simulated):
     assert one.map.box == 20 and one.score.shape == (400,)
     if one.diagnosis.verdict == 'solved':
         assert align_poses(one.poses.rot, simulated.poses.rot).median < 8
+
+
+@pytest.mark.parametrize('mirrored', [(0.0, 0.0, True), (0.2, 0.2, False), (0.4, 0.4, False), (0.0, 0.4, False)])
+def test_both_hands_at_once_are_not_one_answer(simulated, mirrored):
+    first, second, agrees = mirrored
+    images, generator = WhitenedImages(ParticleDataset(simulated.stack, window_radius=1.5)), make_generator(4, 'hands')
+    shift = simulated.poses.shift / (20 * simulated.stack.pixel_size)
+    starts = [Poses(torch.where((torch.rand(400, generator=generator) < share)[:, None, None], mirror_rotations(simulated.poses.rot), simulated.poses.rot), shift) for share in (first, second)]
+    assert compare_poses(images, torch.arange(400), *starts, radius=7.0).holds == agrees
+
+
+def test_a_start_may_be_given(simulated):
+    told = []
+    turn = rotvec_to_matrix(0.3 * torch.randn(400, 3, generator=make_generator(0, 'turn')))
+    begin = Poses(turn @ simulated.poses.rot, simulated.poses.shift)
+    start = solve_poses(simulated.stack, initial=begin, report=lambda *line: told.append(line), **QUICK)
+    assert align_poses(start.poses.rot, simulated.poses.rot).median < 8
+    names = list(dict.fromkeys(name for name, _ in told))
+    assert names[:2] == ['start 1', 'start 2'] and names[-2:] == ['placing', 'refining']
+    for name in names:
+        shares = [share for told_of, share in told if told_of == name]
+        assert shares == sorted(shares) and shares[-1] == 1
+    with pytest.raises(InputError, match='399 initial poses for 400 images'):
+        solve_poses(simulated.stack, initial=begin[:399])
+
+
+def test_noise_fails_quickly(simulated):
+    noise = torch.randn(1000, 32, 32, generator=make_generator(0, 'noise'))
+    ctf = CTFParams.from_values(1000, defocus_u=1e4 + 2e4 * torch.rand(1000, generator=make_generator(0, 'defocus'), dtype=torch.float64))
+    stack = type(simulated.stack)(noise, None, ctf, None, torch.arange(1000), torch.arange(1000), 6.0, 32)
+    solution = solve_poses(stack, step=25.0, final_step=25.0)
+    assert solution.diagnosis.verdict == 'failed' and solution.diagnosis.n_starts == 2 and solution.plan.n_batches <= 10
+    assert abs(solution.diagnosis.gain.mean) < 5 * solution.diagnosis.gain.error
 
 
 def test_noise_is_not_solved(simulated):
