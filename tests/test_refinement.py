@@ -1,9 +1,12 @@
 """Refining poses: radii that reach the edge of every box, supports that cut nothing off, and errors that say what to do."""
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from recon_nb.core import InputError, Poses, make_generator
 from recon_nb.datasets import ParticleDataset
-from recon_nb.refinement import build_map, build_reference, find_support, plan_refinement, refine_poses, refine_together
+from recon_nb.refinement import build_map, build_reference, find_support, finish_solution, measure_residual, plan_refinement, refine_groups, refine_poses, refine_together
 from recon_nb.search import WhitenedImages
 from recon_nb.simulate import make_phantom, perturb_poses, simulate_stack
 from recon_nb.so3 import align_poses, rotation_distance
@@ -64,3 +67,48 @@ def test_perturbed_poses_come_back(noisy):
     assert align_poses(found.rot, simulated.poses.rot).median < 0.6 * align_poses(start.rot, simulated.poses.rot).median
     with pytest.raises(InputError, match='one radius'):
         refine_together(images, torch.arange(400), start, radii=[])
+
+
+def test_noise_is_measured_in_the_units_of_the_images(noisy):
+    simulated, images, _ = noisy
+    truth = Poses(simulated.poses.rot, simulated.poses.shift / (20 * simulated.stack.pixel_size))
+    spectrum = measure_residual(images, torch.arange(400), truth, radius=9.0)
+    expected = (simulated.noise_sigma * 20 / images.dataset.scale) ** 2  # of a coefficient of white noise in 20 x 20 pixels
+    assert spectrum.noise.shape == images.spectrum.noise.shape and torch.allclose(spectrum.noise[2:9], torch.tensor(expected), rtol=0.15)
+    assert bool((spectrum.signal > 0).all()) and bool(torch.isfinite(spectrum.information).all())
+    again = measure_residual(WhitenedImages(images.dataset, spectrum), torch.arange(400), truth, radius=9.0)  # whitened otherwise, measured alike
+    assert torch.allclose(again.noise, spectrum.noise, rtol=0.05)
+
+
+def test_groups_keep_the_rotations_within(noisy):
+    _, images, start = noisy
+    group = torch.arange(400) % 50
+    grid = build_reference(images, torch.arange(400), start, 8.0).make_grid()
+    found = refine_groups(images, torch.arange(400), start, group, grid=grid, radius=8.0)
+    for g in (0, 7, 49):  # the change of the map's frame is the same for all images of a group
+        change = start.rot[group == g].mT @ found.rot[group == g]
+        assert float(rotation_distance(change, change[:1].expand_as(change)).max()) < 0.1
+    assert float(rotation_distance(start.rot, found.rot).median()) > 0.5
+
+
+def test_finishing_tells_how_far_it_is(noisy):
+    _, images, start = noisy
+    told = []
+    poses, score, full, halves = finish_solution(images, start, radius=6.0, report=lambda stage, share: told.append((stage, share)))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(0.5) and {stage for stage, _ in told} == {'refining'}
+    assert score.shape == (400,) and full.box == halves[0].box == 20 and bool(torch.isfinite(poses.rot).all())
+
+
+def test_tilt_images_come_back_from_five_degrees(data_dir):
+    sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+    from pose_recovery import Recovery
+
+    recovery = Recovery(data_dir)
+    off = recovery.perturb(5.0, 0)
+    straight = recovery.straighten(off)
+    back = recovery.refine(straight)
+    errors, fsc = zip(*((score[:2], score[2]) for score in map(recovery.score, (off, straight, back, recovery.star))), strict=True)
+    print('median error, as it stands and in the best frame: perturbed {}, straightened {}, refined {}'.format(*errors[:3]))
+    assert min(errors[0]) > 4 and max(errors[1]) < 2.5 and max(errors[2]) < 3
+    assert float(fsc[2][6:11].mean()) > float(fsc[0][6:11].mean()) + 0.05 and float((fsc[2] - fsc[3])[1:11].abs().max()) < 0.06
