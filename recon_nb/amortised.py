@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'map_kinds', 'AmortisedConfig', 'make_amortised_config', 'plan_radius', 'plan_keep', 'plan_disturbance',
-           'ClosedMap', 'GradientMap', 'disturb_poses', 'AmortisedStep', 'PoseLearner', 'learn_poses', 'read_poses',
-           'AmortisedSolution', 'train_start', 'solve_amortised']
+           'ClosedMap', 'GradientMap', 'disturb_poses', 'choose_kept', 'follow_gradient', 'AmortisedStep',
+           'PoseLearner', 'place_all', 'learn_poses', 'read_poses', 'AmortisedSolution', 'train_start',
+           'solve_amortised']
 
 # %% ../nbs/42f_amortised.ipynb #4d1bab74
 import json
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import ask_winner, compute_errors, list_candidates, make_turns
-from .core import ConfigError, Poses, Volume, autocast_bf16, make_generator, suggest_names
+from .core import ConfigError, NumericalError, Poses, Volume, autocast_bf16, get_rank, get_world_size, make_generator, suggest_names
 from .datasets import ParticleDataset, ParticleStack
 from .fourier import make_soft_mask
 from .fouriernet import FourierNet, FourierVoxels, MapDecoder, trace_slices
@@ -29,6 +30,7 @@ from .posekernels import read_slices
 from .runs import Section, config_from_dict
 from .search import RunningMap, WhitenedImages, draw_batches
 from .so3 import rotvec_to_matrix, sample_rotations
+from .training import gather_objects, sum_gradients, sum_over_team
 
 # %% ../nbs/42f_amortised.ipynb #c552b0cd
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class AmortisedConfig(Section):
     turns: Literal["eight", "four", "random", "none"] = "eight"  # by which images are turned
     mirror: bool = True  # mirrored images too
     epochs: float | None = None  # passes over the images; null = as many as show 150,000 images
-    batch_size: int = 128  # images a step
+    batch_size: int = 128  # images a step, of all processes
     learning_rate: float = 1e-3  # of Adam, for the encoder
     map_learning_rate: float | None = None  # of Adam, for a map that is trained by gradient; null = 1e-3 for a network, 0.03 for voxels
     start_resolution: float | None = None  # Å, of the mask in Fourier space at the start; null = 3 Fourier px
@@ -60,6 +62,7 @@ class AmortisedConfig(Section):
     mask_radius: float | None = None  # fraction of the box, of the soft disc around the shifted particle outside which errors do not count; null = none
     max_shift: float = 0.15  # fraction of the box, the largest shift that can be answered
     low_pass: float = 4.0  # Fourier px, of the second picture that the encoder sees
+    bf16: bool | Literal["auto"] = "auto"  # bf16 products in the encoder; auto = where the hardware has units for them
     n_starts: int = 1  # networks that learn from different starts; the one that explains most is kept
 
     ranges = {"width": (8, 1e5), "n_blocks": (1, 100), "n_heads": (1, 64), "epochs": (1e-3, 1e6), "batch_size": (2, 1e6), "learning_rate": (0.0, 1.0), "map_learning_rate": (0.0, 1.0),
@@ -158,9 +161,12 @@ class ClosedMap(nn.Module):
         poses: Poses,  # (n,) with shifts as fractions of the box
         radius: float,  # Fourier px
     ) -> None:
-        "Forget a share of the sums and add images."
-        self.running.sums *= max(1 - len(rows) / self.memory, 0.0)
-        self.running.add(rows, poses, radius)
+        "Forget a share of the sums and add images, those of all processes."
+        sums, n = self.running.sums, sum_over_team(torch.tensor(float(len(rows)), device=self.running.sums.device))
+        self.running.sums = torch.zeros_like(sums)
+        if len(rows):
+            self.running.add(rows, poses, radius)
+        self.running.sums = sum_over_team(self.running.sums).add_(sums, alpha=max(1 - float(n) / self.memory, 0.0))
         self.grid = self.running.make_grid()
 
     def make_volume(self) -> Volume:  # (D, D, D)
@@ -218,13 +224,40 @@ map_kinds: dict[str, Callable[..., nn.Module]] = {"closed": ClosedMap, "fouriern
 def disturb_poses(
     poses: Poses,  # (n,)
     degrees: float,  # degrees, standard deviation about each axis
-    generator: torch.Generator,  # on the CPU
+    noise: Tensor,  # (n, 3) standard normal
 ) -> Poses:  # (n,)
     "Turn poses by small random rotations."
-    if degrees <= 0:
-        return poses
-    noise = math.radians(degrees) * torch.randn(len(poses.rot), 3, generator=generator)
-    return Poses(rotvec_to_matrix(noise.to(poses.rot)) @ poses.rot, poses.shift)
+    return Poses(rotvec_to_matrix(math.radians(degrees) * noise.to(poses.rot)) @ poses.rot, poses.shift)
+
+# %% ../nbs/42f_amortised.ipynb #ae9b0576
+def choose_kept(
+    rank: Tensor,  # (n,) of this process's part of a batch, small for what is to be kept
+    share: float,  # of the images of all processes, 0 to 1
+) -> tuple[Tensor, Tensor]:  # places (k,) int64, best first, k at least 1; weights (k,), whose sum over processes is 1
+    "Choose the images of a batch that are learnt from."
+    everyone = torch.cat(gather_objects(rank.detach().cpu()))
+    n_kept = min(max(2, round(share * len(everyone))), len(everyone))
+    order = rank.argsort()
+    chosen = order[rank[order] <= everyone.sort().values[n_kept - 1].to(rank)]
+    return (chosen, torch.full_like(rank[chosen], 1 / n_kept)) if len(chosen) else (order[:1], torch.zeros_like(rank[:1]))
+
+# %% ../nbs/42f_amortised.ipynb #c3d71c06
+def follow_gradient(
+    optimizer: torch.optim.Optimizer,  # whose groups have a `rate`
+    loss: Tensor,  # () of this process's part of a batch
+    clipped: list[nn.Parameter],  # whose gradient is at most 1 long
+    *,
+    progress: float,  # of learning, 0 to 1
+) -> None:
+    "Take one step down the gradient of the sum over processes."
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    sum_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    nn.utils.clip_grad_norm_(clipped, 1.0)
+    fade = min(1.0, progress / 0.03 + 0.02, (1 - progress) / 0.2 + 0.02)
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * fade
+    optimizer.step()
 
 # %% ../nbs/42f_amortised.ipynb #f277d9a0
 @dataclass(frozen=True)
@@ -274,7 +307,7 @@ class PoseLearner:
         shown: Tensor,  # (n, 2, d, d)
     ) -> tuple[Tensor, Tensor]:
         "Return rotations and shifts of the encoder."
-        with autocast_bf16(shown.device):
+        with autocast_bf16(shown.device, self.config.bf16):
             return self.encoder(shown)
 
     @torch.no_grad()
@@ -294,51 +327,61 @@ class PoseLearner:
 
     def step(
         self,
-        rows: Tensor,  # (n,) int64
+        batch: Tensor,  # (n,) int64, of all processes
         progress: float,  # 0 to 1
     ) -> tuple[float, float, float]:  # radius in Fourier px, loss, share of the signal
         "Learn from a batch."
-        config, images = self.config, self.images
+        config, images, mine = self.config, self.images, torch.arange(get_rank(), len(batch), get_world_size())
+        rows = batch[mine]
         radius = plan_radius(config, progress, box=images.box, pixel_size=images.lattice.pixel_size)
         turns = make_turns(config.turns, mirror=config.mirror, generator=self.generator).to(images.device)
         shown, (k, given) = self.show(rows), images.read(rows, radius)
         winner, errors, _ = self.find_winners(shown, turns, k, given)
         power = given["transfer"].square().sum(1).clamp(min=1e-12)
         rank = errors if config.rank_by == "error" else errors - given["images"].abs().square().sum(1) / power
-        kept = rank.argsort()[: max(2, round(plan_keep(config, progress) * len(rows)))]
+        kept, weight = choose_kept(rank, plan_keep(config, progress))
         given, power = {name: value[kept] for name, value in given.items()}, power[kept]
 
         poses = ask_winner(self.ask, shown[kept], turns, winner=winner[kept], n_heads=config.n_heads)
-        poses = disturb_poses(poses, plan_disturbance(config, progress), self.generator)
+        if (degrees := plan_disturbance(config, progress)) > 0:
+            poses = disturb_poses(poses, degrees, torch.randn(len(batch), 3, generator=self.generator)[mine][kept.cpu()])
         slices = self.map.read_slices(k, poses.rot)
         errors = compute_errors(slices[:, None], poses.shift[:, None], k=k, mask=self.mask, **given)[:, 0]
         allowed = max(float(images.spectrum.information[math.floor(radius)]), 1e-6)
-        loss = errors.mean() * float(power.mean()) / (2 * allowed)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
-        fade = min(1.0, progress / 0.03 + 0.02, (1 - progress) / 0.2 + 0.02)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * fade
-        self.optimizer.step()
+        loss = (errors * weight).sum() * float(sum_over_team((power * weight).sum())) / (2 * allowed)
+        follow_gradient(self.optimizer, loss, list(self.encoder.parameters()), progress=progress)
 
-        found = Poses(poses.rot.detach(), poses.shift.detach())
-        self.map.learn(rows[kept.cpu()], found, radius)
-        empty = given["images"].abs().square().sum(1) / power
-        share = float(((empty - errors.detach()) * power).mean()) / (2 * allowed)
-        return radius, float(errors.detach().mean()), share
+        seen, errors = weight > 0, errors.detach()
+        self.map.learn(rows[kept[seen].cpu()], Poses(poses.rot.detach()[seen], poses.shift.detach()[seen]), radius)
+        gain = given["images"].abs().square().sum(1) - errors * power
+        loss, share = sum_over_team((torch.stack([errors, gain / (2 * allowed)]) * weight).sum(1)).tolist()
+        return radius, loss, share
+
+# %% ../nbs/42f_amortised.ipynb #ff1d22b0
+def place_all(
+    learner: PoseLearner,
+) -> tuple[Poses, Tensor, Poses]:  # of the winners (N,), with shifts as fractions of the box; errors (N,); of the images as they are (N,); on the CPU
+    "Return the poses of all images, read by all processes."
+    n, world = learner.images.n_images, get_world_size()
+    poses, errors, direct = read_poses(learner, torch.arange(get_rank(), n, world))
+    parts = gather_objects((poses.rot.cpu(), poses.shift.cpu(), errors.cpu(), direct.rot.cpu(), direct.shift.cpu()))
+    order = torch.cat([torch.arange(r, n, world) for r in range(world)]).argsort()
+    rot, shift, errors, direct_rot, direct_shift = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+    return Poses(rot, shift), errors, Poses(direct_rot, direct_shift)
 
 # %% ../nbs/42f_amortised.ipynb #a9dac507
 def learn_poses(
     learner: PoseLearner,
 ) -> Iterator[AmortisedStep]:
-    "Show all images, batch by batch, as often as the settings say."
+    "Show all images, batch by batch, as often as the settings say; raise `NumericalError` when a loss is not finite."
     config, n_images = learner.config, learner.images.n_images
     size = min(config.batch_size, n_images)
     n_steps = max(1, math.ceil((config.epochs or max(1.0, 150_000 / n_images)) * n_images / size))
     batches = draw_batches(n_images, size, learner.generator)
     for i in range(n_steps):
         radius, loss, share = learner.step(next(batches), i / n_steps)
+        if not math.isfinite(loss):
+            raise NumericalError(f"The loss is {loss} at step {i + 1} of {n_steps}; choose a smaller learning_rate, and look for images that hold NaN.")
         yield AmortisedStep((i + 1) * size, (i + 1) / n_steps, radius, loss, share)
 
 # %% ../nbs/42f_amortised.ipynb #91404bad
@@ -409,7 +452,7 @@ def solve_amortised(
     learner, history, _ = best
     if report:
         report("reading poses", 0.0)
-    poses, loss, direct = read_poses(learner, torch.arange(images.n_images))
+    poses, loss, direct = place_all(learner)
     width = images.box * images.lattice.pixel_size
-    in_angstrom = lambda given: Poses(given.rot.cpu(), given.shift.cpu() * width)
-    return AmortisedSolution(in_angstrom(poses), in_angstrom(direct), loss.cpu(), learner.map.make_volume(), history, shares, config)
+    in_angstrom = lambda given: Poses(given.rot, given.shift * width)
+    return AmortisedSolution(in_angstrom(poses), in_angstrom(direct), loss, learner.map.make_volume(), history, shares, config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pose_trunks', 'activations', 'apply_butterworth', 'prepare_images', 'StandardConv', 'ScaledBlock',
-           'build_resnet_trunk', 'build_mlp_trunk', 'PoseHead', 'PoseEncoder']
+           'build_resnet_trunk', 'build_mlp_trunk', 'limit_length', 'PoseHead', 'PoseEncoder']
 
 # %% ../nbs/30b_poseencoder.ipynb #8a976d58
 import math
@@ -133,6 +133,14 @@ activations: dict[str, Callable[..., nn.Module]] = {
     "relu": lambda width, w0, first: nn.Sequential(nn.Linear(width, width), nn.ReLU()),
 }
 
+# %% ../nbs/30b_poseencoder.ipynb #9bfbdde1
+def limit_length(
+    vector: Tensor,  # (..., d) any unit
+    limit: float,  # any unit
+) -> Tensor:  # (..., d) in the unit of the limit
+    "Return v / sqrt(1 + |v|^2), times the limit: near zero the vector itself, far away nearly the limit."
+    return limit * vector * (1 + vector.square().sum(-1, keepdim=True)).rsqrt()
+
 # %% ../nbs/30b_poseencoder.ipynb #563e3471
 class PoseHead(nn.Module):
     "One activated layer and a linear one: from features to six and to two numbers."
@@ -193,5 +201,5 @@ class PoseEncoder(nn.Module):
         features = features * features.square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
         features = self.hidden(features)
         sixd, raw = (torch.stack(column, 1) for column in zip(*[head(features) for head in self.heads], strict=True))
-        rot, shift = sixd_to_matrix(sixd), self.max_shift * raw * (1 + raw.square().sum(-1, keepdim=True)).rsqrt()
+        rot, shift = sixd_to_matrix(sixd), limit_length(raw, self.max_shift)
         return (rot[:, 0], shift[:, 0]) if self.n_heads == 1 else (rot, shift)

@@ -113,6 +113,6 @@ def test_a_seed_fixes_everything_and_starts_differ(images):
 
 def test_disturbance_keeps_the_gradient():
     rot = sample_rotations(3, make_generator(0, 'rot')).requires_grad_()
-    disturb_poses(Poses(rot, torch.zeros(3, 2)), 4.0, make_generator(0, 'noise')).rot.sum().backward()
+    disturb_poses(Poses(rot, torch.zeros(3, 2)), 4.0, torch.randn(3, 3, generator=make_generator(0, 'noise'))).rot.sum().backward()
     assert rot.grad is not None
-    assert float(rotation_distance(disturb_poses(Poses(rot.detach(), torch.zeros(3, 2)), 4.0, make_generator(0, 'noise')).rot, rot.detach()).max()) < 25
+    assert float(rotation_distance(disturb_poses(Poses(rot.detach(), torch.zeros(3, 2)), 4.0, torch.randn(3, 3, generator=make_generator(0, 'noise'))).rot, rot.detach()).max()) < 25
