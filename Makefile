@@ -5,14 +5,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-docs
 DEMO   ?= demo
 
-.PHONY: help demo test test-fast bench bench-gpu clean
+.PHONY: help demo test test-fast docs bench bench-gpu clean
 
 help:
 	@echo 'make demo       simulate, train, analyse: a report on three states in $(DEMO)/'
 	@echo 'make test       everything: notebooks and modules in step, all notebooks, pytest'
 	@echo 'make test-fast  the daily part of it, under five minutes'
+	@echo 'make docs       the documentation site, from executed notebooks, in _docs/ (npm puts formulas and widgets in)'
 	@echo 'make bench      the benchmarks; each prints a table'
 	@echo 'make bench-gpu  throughput and whole runs on one GPU; PEER=PYTHON names an environment with cryoDRGN 4.3.1'
 	@echo 'make clean      remove $(VENV) and what builds left behind'
@@ -26,6 +28,10 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/recon demo -o $(DEMO)
 
@@ -35,6 +41,9 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh fast
 
+docs: $(DOCS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/build.py $(if $(ONLY),--only $(ONLY))
+
 bench: $(STAMP)
 	@for script in $(filter-out benchmarks/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -42,4 +51,4 @@ bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/bench_gpu.py $(if $(PEER),--peer $(PEER)) --train --subspace -o benchmarks/results/gpu.csv
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info _docs docs/_*

@@ -1,0 +1,256 @@
+"""The documentation site in a real browser: landing, search, symbol links, dark mode, a phone; no other host, no error.
+
+The site is built from four notebooks into a temporary folder with the outputs that are at hand; nothing is executed. `RECON_NB_SITE`
+names a finished site to test instead (docs.yml gives the whole one). Screenshots go to docs/_artefacts.
+"""
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+artefacts = root / 'docs' / '_artefacts'
+chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+chromium_options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+                    '--disable-component-update', '--disable-sync']
+missing = [name for name in ('sphinx', 'myst_nb', 'pydata_sphinx_theme', 'playwright') if find_spec(name) is None]
+
+sys.path.insert(0, str(root / 'docs'))
+
+
+def require_browser():
+    """Skip, saying why, where the site cannot be built or opened."""
+    if missing:
+        pytest.skip(f"the docs extra is not installed (pip install -e '.[dev,docs]'): {', '.join(missing)}")
+    if chromium is None:
+        pytest.skip('no chromium on the path (Debian: apt install chromium)')
+
+
+class Links(HTMLParser):
+    """Collect the addresses and the anchors of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.anchors, self.loaded = [], set(), []
+
+    def handle_starttag(self, tag, attributes):
+        """Note links, what the page loads, and ids."""
+        values = dict(attributes)
+        self.anchors |= {values[name] for name in ('id', 'name') if values.get(name)}
+        if tag == 'a' and values.get('href'):
+            self.addresses.append(values['href'])
+        if values.get('src') or (tag == 'link' and values.get('href') and values.get('rel') in ('stylesheet', 'preload', 'icon')):
+            self.loaded.append(values.get('src') or values['href'])
+
+
+def read_links(path):
+    """Return the links of an HTML file."""
+    links = Links()
+    links.feed(path.read_text(encoding='utf-8'))
+    return links
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """Return the folder of a site: the one that RECON_NB_SITE names, or a small one built here."""
+    require_browser()
+    if os.environ.get('RECON_NB_SITE'):
+        return Path(os.environ['RECON_NB_SITE']).resolve()
+    folder = tmp_path_factory.mktemp('site') / 'html'
+    names = ['00_core', '10_ctf', '30a_tiltencoder', '52a_pickers', 'T00_tour']
+    done = subprocess.run([sys.executable, 'docs/build.py', '--no-execute', '--work', str(folder.parent / 'work'), '-o', str(folder), '--only', *names], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope='module')
+def address(site):
+    """Serve the site on a free port and return its address."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """Start Debian's chromium."""
+    require_browser()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=chromium_options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """Open a page that records what goes wrong; at the end nothing may have."""
+    problems = []
+    tab = browser.new_page(viewport={'width': 1280, 'height': 900})
+    tab.on('console', lambda message: problems.append(f'console: {message.text}') if message.type == 'error' else None)
+    tab.on('pageerror', lambda error: problems.append(f'error: {error}'))
+    tab.on('requestfailed', lambda request: problems.append(f'failed: {request.url}'))
+    tab.on('response', lambda response: problems.append(f'{response.status}: {response.url}') if response.status >= 400 else None)
+    tab.on('request', lambda request: problems.append(f'other host: {request.url}') if not request.url.startswith((address, 'data:', 'blob:')) else None)
+    yield tab
+    tab.close()
+    assert not problems, problems
+
+
+slow = pytest.mark.slow
+
+
+def shoot(page, name):
+    """Keep a screenshot."""
+    artefacts.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=artefacts / f'{name}.png')
+
+
+@slow
+def test_code_of_the_decoder_page_runs():
+    """What the page tells a user to type works: Hermitian, and it learns."""
+    text = (root / 'docs/pages/add_decoder.md').read_text(encoding='utf-8')
+    exec(compile('\n'.join(re.findall(r'```python\n(.*?)```', text, flags=re.S)), 'add_decoder.md', 'exec'), {'__name__': 'page'})
+
+
+def test_prose_quotes_results_that_exist():
+    """Every placeholder of a measured number is filled; one that has no row stops the build."""
+    from steps.numbers import fill_numbers
+
+    for path in (root / 'docs/pages').rglob('*.md'):
+        assert '{{' not in fill_numbers(path.read_text(encoding='utf-8')), path
+    with pytest.raises(SystemExit, match='no knn where set=nothing'):
+        fill_numbers('{{subspace.csv: knn where set=nothing | .2f}}')
+
+
+def test_a_definition_says_shapes_defaults_and_links():
+    """An exported cell becomes an entry with its argument comments, its return, and links to what it names."""
+    from steps.definitions import describe_cell
+    from steps.symbols import link_prose
+
+    cell = """def turn(
+    poses: Poses,  # (N,)
+    *,
+    angle: float = 3.0,  # degrees, see `Lattice`
+) -> Poses:  # (N,), turned
+    "Turn `Poses`."
+    return poses
+"""
+    entry = describe_cell(cell, 'so3', 'so3', {'core', 'fourier', 'so3'})
+    assert '{py:function} turn(poses, *, angle) -> Poses' in entry
+    assert '<dd>(N,), turned</dd>' in entry and '= 3.0' in entry
+    assert 'href="fourier.html#recon_nb.fourier.Lattice"' in entry and 'href="core.html#recon_nb.core.Poses"' in entry
+    assert '../core.html#recon_nb.core.Poses' in link_prose('see `Poses`', 'tutorials/T00_tour', {'core'})
+    assert link_prose('```\n`Poses`\n```', 'x', {'core'}) == '```\n`Poses`\n```'
+    assert link_prose('see `Poses`', 'x', set()) == 'see `Poses`'
+
+
+def list_pages(site):
+    """Return the HTML pages of a site that are written for readers."""
+    return [path for path in sorted(site.rglob('*.html')) if '_static' not in path.parts]
+
+
+@slow
+def test_landing_page(page, address):
+    page.goto(address, wait_until='networkidle')
+    assert 'recon_nb' in page.title()
+    assert page.locator('.hero img').evaluate('image => image.naturalWidth') > 300
+    shoot(page, 'landing')
+    page.locator('a.card-link', has_text='Tutorials').first.click()
+    page.wait_for_selector('h1:has-text("Tutorials")')
+    shoot(page, 'tutorials')
+
+
+@slow
+def test_search_for_tilt_finds_the_tilt_pages(page, address):
+    page.goto(f'{address}/search.html?q=tilt', wait_until='networkidle')
+    page.wait_for_selector('ul.search li a')
+    found = page.locator('ul.search li a').evaluate_all('links => links.map(link => link.getAttribute("href"))')
+    assert any('tiltencoder' in link for link in found), found
+    shoot(page, 'search')
+
+
+@slow
+def test_symbol_link_lands_on_its_definition(page, address):
+    page.goto(f'{address}/ctf.html', wait_until='networkidle')
+    link = page.locator('a.symbol[href="core.html#recon_nb.core.CTFParams"]').first
+    link.scroll_into_view_if_needed()
+    link.click()
+    page.wait_for_url('**/core.html#recon_nb.core.CTFParams')
+    definition = page.locator('dt[id="recon_nb.core.CTFParams"]')
+    assert definition.is_visible()
+    assert 0 <= definition.bounding_box()['y'] < 900
+    shoot(page, 'definition')
+
+
+@slow
+def test_names_in_code_are_links(page, address):
+    page.goto(f'{address}/tutorials/T00_tour.html', wait_until='networkidle')
+    assert page.locator('div.highlight a.symbol').count() + page.locator('div.highlight a.symbol[href^="../"]').count() > 0
+
+
+@slow
+def test_formulas_are_set(page, address):
+    page.goto(f'{address}/ctf.html', wait_until='networkidle')
+    if page.locator('script[src*="mathjax"]').count() == 0:
+        pytest.skip('MathJax is not in this site: npm was not there when it was built')
+    page.wait_for_selector('mjx-container')
+    assert page.locator('mjx-merror').count() == 0
+
+
+@slow
+def test_dark_mode(page, address):
+    page.emulate_media(color_scheme='light')
+    page.goto(f'{address}/ctf.html', wait_until='networkidle')
+    page.evaluate('localStorage.setItem("mode", "dark"); localStorage.setItem("theme", "dark")')
+    page.reload(wait_until='networkidle')
+    assert page.evaluate('document.documentElement.dataset.theme') == 'dark'
+    background = page.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert max(map(int, re.findall(r'\d+', background)[:3])) < 80, background
+    shoot(page, 'dark')
+
+
+@slow
+@pytest.mark.parametrize('name', ['index', 'ctf', 'core', 'tutorials/index', 'tutorials/T00_tour', 'modules', 'conventions', 'methods/index', 'troubleshooting', 'glossary'])
+def test_phone(page, address, name):
+    page.set_viewport_size({'width': 390, 'height': 844})
+    page.goto(f'{address}/{name}.html', wait_until='networkidle')
+    width = page.evaluate('document.documentElement.scrollWidth')
+    shoot(page, f'phone_{name.replace("/", "_")}')
+    assert width <= 390, f'{name} is {width} px wide'
+
+
+@slow
+def test_every_link_leads_somewhere(site):
+    """No dead link within the site, no anchor that is not there, nothing loaded from elsewhere."""
+    pages = {path: read_links(path) for path in list_pages(site)}
+    dead = []
+    for path, links in pages.items():
+        dead += [f'{path.relative_to(site)} loads {item}' for item in links.loaded if urlsplit(item).netloc]
+        for item in links.addresses:
+            parts = urlsplit(item)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / 'index.html' if target.is_dir() else target
+            if not target.exists():
+                dead.append(f'{path.relative_to(site)}: {item}')
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors | {'', 'top'}:
+                dead.append(f'{path.relative_to(site)}: {item} (no such anchor)')
+    assert not dead, '\n'.join(dead[:40])
