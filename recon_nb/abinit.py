@@ -238,12 +238,13 @@ def refine_at_box(
     found: PoseSolution,
     *,
     device: torch.device | str,
+    report: Callable[[str, float], None] | None = None,  # told "full box" and the share of it that is done
 ) -> PoseSolution:
     "Refine poses at a larger box, with the maps that they make."
     images = WhitenedImages(ParticleDataset(stack, window_radius=1.5), device=device)
     width = stack.box * stack.pixel_size
     start = Poses(found.poses.rot, found.poses.shift / width).to(device)
-    poses, score, full, halves = finish_solution(images, start, radius=found.map.box / 2 - 1)
+    poses, score, full, halves = finish_solution(images, start, radius=found.map.box / 2 - 1, report=report and (lambda _, share: report("full box", share)))
     poses = Poses(poses.rot.cpu(), poses.shift.cpu() * width)
     return replace(found, poses=poses, map=full, half1=halves[0], half2=halves[1], fsc=compute_fsc(*halves), score=score.cpu())
 
@@ -282,9 +283,7 @@ def solve_stack(
     dataset = ParticleDataset(crop_stack(stack, config.max_box), window_radius=1.5)  # no window: the map is masked instead
     found = methods[config.method](dataset, config, device=device, report=report)
     if config.full_box and stack.box > config.max_box:
-        if report is not None:
-            report("full box", 0.0)
-        found = refine_at_box(stack, found, device=device)
+        found = refine_at_box(stack, found, device=device, report=report)
     return flip_solution(found) if flip_hand else found
 
 # %% ../nbs/55_abinit.ipynb #c140998d

@@ -8,6 +8,7 @@ import torch
 from recon_nb import abinit
 from recon_nb.abinit import AbInitConfig, choose_radii, find_suspects, read_source, solve_by_search, solve_stack
 from recon_nb.amortised import PRESETS
+from recon_nb.assemblies import add_junk
 from recon_nb.cli import main
 from recon_nb.core import InputError, Selection
 from recon_nb.datasets import load_stack
@@ -15,6 +16,7 @@ from recon_nb.diagnosis import Gain
 from recon_nb.files import open_stack, read_particles, read_volume, write_particles, write_stack
 from recon_nb.fourier import Lattice
 from recon_nb.fsc import compute_fsc
+from recon_nb.runs import RunFolder
 from recon_nb.simulate import make_phantom, simulate_stack, write_simulation
 from recon_nb.so3 import align_poses
 from recon_nb.solver import solve_poses
@@ -281,6 +283,21 @@ def test_suspects_do_not_depend_on_how_much_junk_there_is():
     for n_junk in (0, 100, 400):
         marked = find_suspects(np.concatenate([random.normal(100, 10, 1000), random.normal(20, 8, n_junk)]))
         assert marked[:1000].mean() < 0.03 and (n_junk == 0 or marked[1000:].mean() > 0.97)
+
+
+def test_images_of_nothing_are_suspects(quick, simulated):
+    mixed = add_junk(simulated, 0.25, seed=1)
+    found = solve_stack(mixed.stack, AbInitConfig())
+    marked, junk = find_suspects(found.score.numpy()), mixed.labels.numpy() < 0
+    assert marked[junk].mean() > 0.95 and marked[~junk].mean() < 0.02
+
+
+def test_poses_that_a_training_refined_are_a_source(data, simulated, tmp_path):
+    (tmp_path / 'poses').mkdir()
+    for epoch, shift in ((3, simulated.poses.shift), (10, simulated.poses.shift + 1)):
+        RunFolder(tmp_path).save_poses(epoch, abinit.Poses(simulated.poses.rot, shift), simulated.stack.source_row)
+    stack = load_stack(data / 'particles.star', poses=tmp_path)
+    assert torch.allclose(stack.poses.shift, simulated.poses.shift + 1, atol=1e-4) and torch.allclose(stack.poses.rot, simulated.poses.rot, atol=1e-5)
 
 
 def test_a_folder_without_poses_is_no_source(data):
