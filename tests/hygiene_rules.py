@@ -20,7 +20,7 @@ LAYERS = [
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['ppca']],
     [['runs'], ['training'], ['search'], ['refinement'], ['diagnosis'], ['solver'], ['candidates'], ['amortised'], ['stages'], ['subspace']],
-    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram', 'abinit'], ['confirm', 'agreement']],
+    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram', 'abinit'], ['confirm', 'agreement', 'clouds', 'surfaces'], ['explore']],
     [['cli']],
 ]
 
