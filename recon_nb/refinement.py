@@ -161,7 +161,7 @@ def measure_residual(
     half: Tensor | None = None,  # (n,) bool, images of the first half; every other one where None
 ) -> SignalSpectrum:
     "Measure noise and signal by shell, from the difference of each half of the images to a map of the other half."
-    half = rows % 2 == 0 if half is None else half
+    half = torch.arange(len(rows)) % 2 == 0 if half is None else half
     m = images.lattice.count_within(radius)
     shell, last = images.lattice.shell[:m].cpu(), math.floor(radius)
     left, power = torch.zeros(2, m, dtype=torch.float64)
@@ -308,6 +308,9 @@ def finish_solution(
     work = torch.tensor(radii).square().cumsum(0) / (2 * torch.tensor(radii).square().sum())  # half-maps take as long again
     for r, done in zip(radii, work.tolist(), strict=True):
         poses, loss = refine_together(images, rows, poses, radii=[r], shift_sigma=shift_sigma)
+        if r == radii[0]:
+            some = torch.linspace(0, len(rows) - 1, min(len(rows), 5000)).long()
+            images = WhitenedImages(images.dataset, measure_residual(images, some, poses[some], radius=radii[-1]), images.device)
         if report:
             report("refining", done)
     empty = torch.cat([images.read(part, radii[-1])[1]["images"].abs().square().sum(1) / 2 for part in rows.split(2048)])
