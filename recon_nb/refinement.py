@@ -289,7 +289,7 @@ def refine_halves(
     halves = []
     for half in (0, 1):
         rows = torch.arange(half, images.n_images, 2)
-        poses, _ = refine_together(images, rows, start[rows], radii=radii, shift_sigma=shift_sigma)
+        poses, _ = refine_together(images, rows, start[rows], radii=radii, shift_sigma=shift_sigma, n_steps=3)
         poses, _ = bring_to_frame(poses, joint[rows])
         halves.append(build_map(images, rows, poses, images.box / 2 - 1e-3).make_volume())
     return halves[0], halves[1]
@@ -307,7 +307,7 @@ def finish_solution(
     rows, radii, poses = torch.arange(images.n_images), plan_refinement(radius, images.box), start
     work = torch.tensor(radii).square().cumsum(0) / (2 * torch.tensor(radii).square().sum())  # half-maps take as long again
     for r, done in zip(radii, work.tolist(), strict=True):
-        poses, loss = refine_together(images, rows, poses, radii=[r], shift_sigma=shift_sigma)
+        poses, loss = refine_together(images, rows, poses, radii=[r], shift_sigma=shift_sigma, n_steps=3)
         if r == radii[0]:
             some = torch.linspace(0, len(rows) - 1, min(len(rows), 5000)).long()
             images = WhitenedImages(images.dataset, measure_residual(images, some, poses[some], radius=radii[-1]), images.device)
@@ -315,4 +315,5 @@ def finish_solution(
             report("refining", done)
     empty = torch.cat([images.read(part, radii[-1])[1]["images"].abs().square().sum(1) / 2 for part in rows.split(2048)])
     full = build_map(images, rows, poses, images.box / 2 - 1e-3).make_volume()
-    return poses, empty - loss, full, refine_halves(images, start, poses, radii=radii, shift_sigma=shift_sigma)
+    halves = refine_halves(images, start, poses, radii=radii[:-1], shift_sigma=shift_sigma)  # once with every coefficient is enough for a curve
+    return poses, empty - loss, full, halves
