@@ -37,7 +37,6 @@ myst_dmath_double_inline = True
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'config.cache']
 highlight_language = 'text'
 add_module_names = False
-python_maximum_signature_line_length = 72
 toc_object_entries_show_parents = 'hide'
 
 mathjax_path = 'mathjax/tex-chtml.js'

@@ -14,7 +14,7 @@ from nbdev.process import NBProcessor
 
 from steps.definitions import describe_cell
 from steps.execute import list_imported_modules, notebooks
-from steps.symbols import link_code, link_prose, list_modules, relative
+from steps.symbols import link_prose, list_modules, relative
 
 plotly_type, widget_type = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
 notebook_link = re.compile(r'\[([^\]]*)\]\((?!https?:)([^)\s#]+)\.ipynb(#[^)\s]*)?\)')
@@ -108,6 +108,12 @@ def freeze_widget(data, widgets):
     return None
 
 
+def is_progress(output):
+    """Say whether an output is a progress bar, which means nothing once the cell is done."""
+    data = output.get('data', {})
+    return widget_type in data and re.search(r'\d+%\|', ''.join(data.get('text/plain', ''))) is not None
+
+
 def translate_output(output, widgets):
     """Return an output that a page without a kernel can show."""
     output, data = dict(output), output.get('data', {})
@@ -143,16 +149,15 @@ def list_pictures(notebook):
 
 def make_cells(notebook, record, page, source, pages):
     """Return the cells of a processed notebook in nbformat, with outputs, links and tags."""
-    cells, failed = [], False
+    cells = []
     for cell in notebook.cells:
         if cell.cell_type == 'markdown':
             text = cell.source if getattr(cell, 'is_entry', False) else link_prose(link_notebooks(cell.source, source, page, pages), page, pages)
             cells.append(nbformat.v4.new_markdown_cell(text))
         elif cell.cell_type == 'code' and cell.source.strip():
-            outputs = [nbformat.from_dict(translate_output(output, record['widgets'])) for output in getattr(cell, 'kept', [])]
+            outputs = [nbformat.from_dict(translate_output(output, record['widgets'])) for output in getattr(cell, 'kept', []) if not is_progress(output)]
             new = nbformat.v4.new_code_cell(cell.source.strip(), outputs=outputs)
             new.metadata.tags = ['hide-input'] if is_import(cell.source) else []
-            failed |= any(output.output_type == 'error' for output in outputs)
             cells.append(new)
     return cells
 
@@ -173,8 +178,7 @@ def process_notebook(path, record, pages):
         cell.idx_ = index
     processor.process()
     matter = notebook.frontmatter_
-    body = [cell for cell in notebook.cells if cell.cell_type != 'raw']
-    notebook.cells = body
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != 'raw']
     head = f'# {matter["title"]}\n\n<p class="subtitle">{html.escape(matter.get("description", ""))}</p>\n\n'
     head += write_header(page, module, source, record['seconds'], pages)
     if record['error']:
