@@ -118,7 +118,7 @@ def plan_search(
         "n_candidates": int(min(max(round(220 / nats), 2), 12)),
     }
     if faint:
-        chosen.update(n_candidates=6, second_radius=min(1.25 * chosen["radius"], box / 2 - 0.1))
+        chosen.update(forget=0.35, n_candidates=6, second_radius=min(1.25 * chosen["radius"], box / 2 - 0.1))
     if spectrum.is_barren:  # enough to say so
         chosen.update(batch_size=min(500, n_images // 2), n_batches=10, n_hold=4, radius=min(8.0, reach), final_step=15.0, n_candidates=1, second_radius=0.0)
     chosen["start_radius"] = min(4.0, chosen["radius"])
