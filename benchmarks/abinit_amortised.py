@@ -43,17 +43,17 @@ VARIANTS = {
     "sine layers": {"activation": "siren"},
 }
 MORE = {"not mirrored": {"mirror": False}, "turned by 90 degrees": {"turns": "four"}, "residual encoder": {"trunk": "resnet"}, "20 % junk, 0.8 kept by error": {"junk": True, "keep": 0.8}, "two guesses": {"n_heads": 2}, "rate 3e-3": {"learning_rate": 3e-3}}
-CASES = {"bar": (["bar"], range(5)), "ablation": (list(VARIANTS), range(3)), "more": (list(MORE), range(1)), "published": (["as-published"], range(1))}
+CASES = {"bar": (["bar", "bar, poses disturbed"], range(5)), "ablation": (list(VARIANTS), range(3)), "more": (list(MORE), range(1)), "published": (["as-published"], range(1))}
 KEYS = ("case", "variant", "map", "seed")
 FOUND = ("median", "within_20", "other_hand", "direct", "share", "cpu_s", "steps", "starts", "junk_last", "settings")
-BAR = {"epochs": 30.0, "n_starts": 2}
+BAR = {"bar": {"epochs": 30.0, "n_starts": 2}, "bar, poses disturbed": {"epochs": 30.0, "n_starts": 2, "disturbance": 5.0}}
 
 
 def choose_config(case: str, variant: str) -> tuple[AmortisedConfig, bool]:
     "Return the settings of a row, and whether it has junk."
     if case == "published":
         return make_amortised_config("as-published", {"epochs": 6.0}), False
-    changes = dict(BAR if case == "bar" else {**BASE, **{**VARIANTS, **MORE}[variant]})
+    changes = dict(BAR[variant] if case == "bar" else {**BASE, **{**VARIANTS, **MORE}[variant]})
     junk = changes.pop("junk", False)
     return AmortisedConfig(**changes), junk
 
