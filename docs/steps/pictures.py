@@ -30,13 +30,13 @@ def make_letter(box=64):
     return Volume(data, 2.0)
 
 
-def show(axis, picture, title, cmap='gray'):
+def show(axis, picture, title, cmap='gray', names=('x (px)', 'y (px)')):
     """Draw an image with x to the right and y up, the origin marked."""
     box = picture.shape[-1]
     axis.imshow(picture, cmap=cmap, origin='lower', extent=(-box // 2 - 0.5, box // 2 - 0.5, -box // 2 - 0.5, box // 2 - 0.5))
     axis.set_title(title, fontsize=9)
-    axis.set_xlabel('x (px)', fontsize=8)
-    axis.set_ylabel('y (px)', fontsize=8)
+    axis.set_xlabel(names[0], fontsize=8)
+    axis.set_ylabel(names[1], fontsize=8)
     axis.tick_params(labelsize=7)
     axis.plot(0, 0, '+', color='#D55E00', ms=8)
 
@@ -66,13 +66,20 @@ def draw_rotations(path, plt):
 
 def draw_shifts(path, plt):
     """What a shift in a star file means."""
+    import torch
+
+    from recon_nb.fourier import Lattice
+    from recon_nb.imaging import shift_images
+
     volume = make_letter()
+    lattice = Lattice(volume.box, volume.pixel_size)
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.1), layout='constrained')
     show(axes[0], project(volume), 'centred')
     moved = project(volume, shift=(20.0, -12.0))
     show(axes[1], moved, 'image with shift (+20, -12) Å')
     axes[1].annotate('', xy=(0, 0), xytext=(-10, 6), arrowprops={'arrowstyle': '->', 'color': '#E69F00', 'lw': 2})
-    show(axes[2], project(volume), 'moved by +shift: centred again')
+    back = lattice.scatter(shift_images(lattice.gather(moved), torch.tensor([20.0, -12.0]), lattice))
+    show(axes[2], back, 'moved by +shift: centred again')
     figure.savefig(path)
 
 
@@ -106,8 +113,8 @@ def draw_half_plane(path, plt):
 
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.1), layout='constrained')
     transform = fft_center(project(make_letter()).double())
-    show(axes[0], transform.abs().log1p(), '|F| of an image (log)', 'viridis')
-    show(axes[1], torch.sign(to_hartley(transform)) * to_hartley(transform).abs().log1p(), 'Hartley: Re F - Im F', 'coolwarm')
+    show(axes[0], transform.abs().log1p(), '|F| of an image (log)', 'viridis', ('$k_x$', '$k_y$'))
+    show(axes[1], torch.sign(to_hartley(transform)) * to_hartley(transform).abs().log1p(), 'Hartley: Re F - Im F', 'coolwarm', ('$k_x$', '$k_y$'))
     lattice = Lattice(16)
     points = axes[2].scatter(*lattice.k.T, c=torch.arange(lattice.n_coefficients), s=22, cmap='viridis')
     axes[2].scatter(*-lattice.k[1:].T, s=8, c='#cccccc')
