@@ -61,7 +61,7 @@ class Gain:
 
 # %% ../nbs/42c_diagnosis.ipynb #e7621fc0
 class ScrambledImages:
-    "Images with the power that they have and phases of chance."
+    "Images with the power that they have and phases of chance from shell 3 on: the first two look alike from everywhere, and are strong."
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ScrambledImages:
     ) -> tuple[Tensor, dict[str, Tensor]]:  # k (m, 2); transfer (n, m) float32 and images (n, m) complex64
         "Return what the images would, with new phases at every call."
         k, given = self.images.read(rows, radius)
-        angle = 2 * math.pi * torch.rand(len(rows), len(k), generator=self.generator)
+        angle = 2 * math.pi * torch.rand(len(rows), len(k), generator=self.generator) * (k.norm(dim=1) >= 2.5).cpu()
         phase = torch.polar(torch.ones_like(angle), angle).to(self.device)
         return k, {"transfer": given["transfer"], "images": given["images"] * phase}
 
