@@ -16,18 +16,17 @@ junk replace a fifth of the images by noise and count the others. Seconds are CP
 """
 
 import argparse
-import csv
 import dataclasses
 import os
 import time
 from pathlib import Path
 
 import torch
-from abinit_search import make_volume
+from abinit_search import CASES as SETS
+from abinit_search import append_row, list_done, simulate_case
 
 from recon_nb.amortised import AmortisedConfig, make_amortised_config, solve_amortised
-from recon_nb.core import CTFParams, keep_freed_memory, make_generator
-from recon_nb.simulate import simulate_stack
+from recon_nb.core import keep_freed_memory, make_generator
 from recon_nb.so3 import align_poses, mirror_rotations
 
 BASE = {"epochs": 12.0}
@@ -45,7 +44,6 @@ VARIANTS = {
 MORE = {"not mirrored": {"mirror": False}, "turned by 90 degrees": {"turns": "four"}, "residual encoder": {"trunk": "resnet"}, "20 % junk, 0.8 kept by error": {"junk": True, "keep": 0.8}, "two guesses": {"n_heads": 2}, "rate 3e-3": {"learning_rate": 3e-3}}
 CASES = {"bar": (["bar", "bar, poses disturbed"], range(5)), "ablation": (list(VARIANTS), range(3)), "more": (list(MORE), range(1)), "published": (["as-published"], range(1))}
 KEYS = ("case", "variant", "map", "seed")
-FOUND = ("median", "within_20", "other_hand", "direct", "share", "cpu_s", "steps", "starts", "junk_last", "settings")
 BAR = {"bar": {"epochs": 30.0, "n_starts": 2}, "bar, poses disturbed": {"epochs": 30.0, "n_starts": 2, "disturbance": 5.0}}
 
 
@@ -62,9 +60,7 @@ def measure(case: str, variant: str, molecule: str, seed: int) -> dict:
     "Simulate a set, let a network learn it and score the poses."
     data = Path(os.environ["RECON_NB_DATA"])
     config, has_junk = choose_config(case, variant)
-    volume = make_volume(molecule, 32, data, data / "simulated" / "small_64" / "streptavidin_1mk5x1stp_tetramer.mrc")
-    defocus = 1e4 + 2e4 * torch.rand(5000, generator=make_generator(seed, "defocus"), dtype=torch.float64)
-    simulated = simulate_stack([volume], 5000, snr=1.0, shift_sigma=volume.pixel_size, ctf=CTFParams.from_values(5000, defocus_u=defocus), seed=seed)
+    simulated = simulate_case({**SETS["snr1"], "map": molecule, "seed": seed}, data, data / "simulated" / "small_64" / "streptavidin_1mk5x1stp_tetramer.mrc")
     stack, good = simulated.stack, torch.ones(5000, dtype=torch.bool)
     if has_junk:  # noise as strong as that of the others
         good = torch.rand(5000, generator=make_generator(seed, "junk")) >= 0.2
@@ -97,10 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    done = set()
-    if options.output.exists():
-        with options.output.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+    done = list_done(options.output, KEYS)
     for case in options.cases:
         variants, seeds = CASES[case]
         for seed in options.seeds or seeds:
@@ -108,14 +101,7 @@ def main() -> None:
                 key = (case, variant, options.map, str(seed))
                 if key in done or (options.variants and variant not in options.variants):
                     continue
-                found = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in measure(case, variant, options.map, seed).items()}
-                is_new = not options.output.exists()
-                with options.output.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, (*KEYS, *FOUND))
-                    if is_new:
-                        writer.writeheader()
-                    writer.writerow({**dict(zip(KEYS, key, strict=True)), **found})
-                print(*key, found, flush=True)
+                append_row(options.output, dict(zip(KEYS, key, strict=True)), measure(case, variant, options.map, seed))
 
 
 if __name__ == "__main__":

@@ -8,30 +8,25 @@ measured again.
 """
 
 import argparse
-import csv
 import os
 import time
 from pathlib import Path
 
 import torch
-from abinit_search import make_volume, score_poses
+from abinit_search import CASES, append_row, list_done, score_poses, simulate_case
 
 from recon_nb.amortised import AmortisedConfig, solve_amortised
-from recon_nb.core import CTFParams, keep_freed_memory, make_generator
-from recon_nb.simulate import simulate_stack
+from recon_nb.core import keep_freed_memory
 from recon_nb.so3 import align_poses
 from recon_nb.solver import solve_poses
 
 KEYS = ("map", "seed", "epochs")
-FOUND = ("start", "start_within_20", "network_s", "median", "within_10", "shift_px", "fsc_05", "rest_s", "verdict", "n_starts")
 
 
 def measure(molecule: str, seed: int, epochs: float) -> dict:
     "Simulate a set, learn it, go on with a search and score both."
     data = Path(os.environ["RECON_NB_DATA"])
-    volume = make_volume(molecule, 32, data, data / "simulated" / "small_64" / "streptavidin_1mk5x1stp_tetramer.mrc")
-    defocus = 1e4 + 2e4 * torch.rand(5000, generator=make_generator(seed, "defocus"), dtype=torch.float64)
-    simulated = simulate_stack([volume], 5000, snr=1.0, shift_sigma=volume.pixel_size, ctf=CTFParams.from_values(5000, defocus_u=defocus), seed=seed)
+    simulated = simulate_case({**CASES["snr1"], "map": molecule, "seed": seed}, data, data / "simulated" / "small_64" / "streptavidin_1mk5x1stp_tetramer.mrc")
     clock = [time.process_time()]
     learnt = solve_amortised(simulated.stack, AmortisedConfig(epochs=epochs), seed=seed)
     clock.append(time.process_time())
@@ -54,24 +49,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    done = set()
-    if options.output.exists():
-        with options.output.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+    done = list_done(options.output, KEYS)
     for seed in options.seeds:
         for epochs in options.epochs:
             for molecule in options.maps:
                 key = (molecule, str(seed), str(epochs))
                 if key in done:
                     continue
-                found = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in measure(molecule, seed, epochs).items()}
-                is_new = not options.output.exists()
-                with options.output.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, (*KEYS, *FOUND))
-                    if is_new:
-                        writer.writeheader()
-                    writer.writerow({**dict(zip(KEYS, key, strict=True)), **found})
-                print(*key, found, flush=True)
+                append_row(options.output, dict(zip(KEYS, key, strict=True)), measure(molecule, seed, epochs))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from recon_nb.fourier import fourier_crop
 from recon_nb.fsc import compute_fsc, find_resolution
 from recon_nb.refinement import build_map, find_displacement
 from recon_nb.search import WhitenedImages
-from recon_nb.simulate import simulate_stack
+from recon_nb.simulate import SimulatedStack, simulate_stack
 from recon_nb.so3 import align_poses, rotation_distance
 from recon_nb.solver import solve_poses
 
@@ -49,7 +49,6 @@ CASES = {
     "noise": {"maps": ("noise",), "box": 32, "snr": 1e-6, "n": 5000},
 }
 KEYS = ("case", "map", "box", "snr", "n", "seed")
-FOUND = ("median", "within_10", "shift_px", "fsc_05", "cpu_s", "verdict", "correlation", "same", "other", "gain", "gain_error", "orienting", "n_starts", "batch_size")
 
 
 def make_volume(name: str, box: int, data: Path, streptavidin: Path) -> Volume:
@@ -95,12 +94,17 @@ def score_poses(simulated, solution, symmetric: bool) -> dict:
     }
 
 
-def measure(case: dict, data: Path, streptavidin: Path) -> dict:
-    "Simulate a set, solve it and score it."
+def simulate_case(case: dict, data: Path, streptavidin: Path) -> SimulatedStack:
+    "Return the images of a case, with the truth."
     volume = make_volume(case["map"], case["box"], data, streptavidin)
     defocus = 1e4 + 2e4 * torch.rand(case["n"], generator=make_generator(case["seed"], "defocus"), dtype=torch.float64)
     ctf = CTFParams.from_values(case["n"], defocus_u=defocus)
-    simulated = simulate_stack([volume], case["n"], snr=case["snr"], shift_sigma=case["box"] / 32 * volume.pixel_size, ctf=ctf, seed=case["seed"])
+    return simulate_stack([volume], case["n"], snr=case["snr"], shift_sigma=case["box"] / 32 * volume.pixel_size, ctf=ctf, seed=case["seed"])
+
+
+def measure(case: dict, data: Path, streptavidin: Path) -> dict:
+    "Simulate a set, solve it and score it."
+    simulated = simulate_case(case, data, streptavidin)
     began = time.process_time()
     solution = solve_poses(simulated.stack, seed=case["seed"])
     seconds = time.process_time() - began
@@ -112,9 +116,29 @@ def measure(case: dict, data: Path, streptavidin: Path) -> dict:
     return {**score_poses(simulated, solution, case["map"] == "streptavidin"), **told}
 
 
+def list_done(path: Path, keys: tuple[str, ...]) -> set[tuple[str, ...]]:
+    "Return the rows that a table has, by their keys."
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {tuple(row[key] for key in keys) for row in csv.DictReader(file)}
+
+
+def append_row(path: Path, case: dict, found: dict) -> None:
+    "Add a row to a table, to four digits, and print it."
+    found = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in found.items()}
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, (*case, *found))
+        if is_new:
+            writer.writeheader()
+        writer.writerow({**case, **found})
+    print(case, found, flush=True)
+
+
 def main() -> None:
     "Measure what the file does not have yet."
-    data = Path(os.environ["RECON_NB_DATA"])
+    data = Path(os.environ.get("RECON_NB_DATA", "."))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--maps", nargs="+", help="only these")
@@ -124,10 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    done = set()
-    if options.output.exists():
-        with options.output.open() as file:
-            done = {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+    done = list_done(options.output, KEYS)
     for seed in options.seeds:
         for name in options.cases:
             spec = CASES[name]
@@ -135,14 +156,7 @@ def main() -> None:
                 case = {"case": name, "map": molecule, "box": spec["box"], "snr": spec["snr"], "n": spec["n"], "seed": seed}
                 if tuple(str(case[key]) for key in KEYS) in done or (options.maps and molecule not in options.maps):
                     continue
-                found = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in measure(case, data, options.streptavidin).items()}
-                new = not options.output.exists()
-                with options.output.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, (*KEYS, *FOUND))
-                    if new:
-                        writer.writeheader()
-                    writer.writerow({**case, **found})
-                print(case, found, flush=True)
+                append_row(options.output, case, measure(case, data, options.streptavidin))
 
 
 if __name__ == "__main__":

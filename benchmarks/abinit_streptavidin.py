@@ -15,7 +15,6 @@ Seconds are CPU seconds of the solver on one thread; memory is the peak of the p
 """
 
 import argparse
-import csv
 import multiprocessing
 import resource
 import time
@@ -23,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from abinit_search import append_row, find_operators, list_done
 
-from abinit_search import find_operators
 from recon_nb.core import CTFParams, Poses, keep_freed_memory, make_generator
 from recon_nb.datasets import ParticleDataset
 from recon_nb.files import read_volume
@@ -36,7 +35,6 @@ from recon_nb.so3 import align_poses, rotation_distance
 from recon_nb.solver import solve_poses
 
 KEYS = ("images", "snr", "seed")
-FOUND = ("median", "within_10", "shift_px", "fsc_29", "fsc_29_sphere", "fsc_05", "half_fsc_0143", "cpu_s", "wall_s", "peak_gb", "verdict", "correlation", "n_starts", "batch_size", "device")
 
 
 def bring_to_truth(found: Poses, truth: Poses, operators: torch.Tensor) -> tuple[Poses, torch.Tensor]:
@@ -87,10 +85,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for a file of images")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "abinit_streptavidin.csv")
     options = parser.parse_args()
-    done = set()
-    if options.output.exists():
-        with options.output.open() as file:
-            done = {(*(row[key] for key in KEYS), row["device"]) for row in csv.DictReader(file)}
+    done = list_done(options.output, (*KEYS, "device"))
     for n in options.images:
         for seed in options.seeds:
             case = {"images": n, "snr": options.snr, "seed": seed}
@@ -98,14 +93,7 @@ def main() -> None:
                 continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(measure, (case, options.map, options.scratch, options.device))
-            found = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in found.items()}
-            new = not options.output.exists()
-            with options.output.open("a", newline="") as file:
-                writer = csv.DictWriter(file, (*KEYS, *FOUND))
-                if new:
-                    writer.writeheader()
-                writer.writerow({**case, **found})
-            print(case, found, flush=True)
+            append_row(options.output, case, found)
 
 
 if __name__ == "__main__":
