@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['methods', 'advice', 'AbInitConfig', 'choose_radii', 'check_images', 'crop_stack', 'Progress', 'solve_by_search',
-           'choose_network', 'learn_networks', 'search_again', 'judge_poses', 'solve_by_network', 'solve_by_both',
-           'refine_at_box', 'check_settings', 'flip_solution', 'solve_stack', 'find_suspects', 'plot_scores',
-           'plot_agreement', 'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections', 'write_poses',
-           'write_scores', 'write_solution', 'abinit_run', 'write_source', 'read_source', 'read_verdict',
-           'describe_run']
+           'choose_network', 'learn_networks', 'correct_answers', 'search_again', 'judge_poses', 'solve_by_network',
+           'solve_by_both', 'refine_at_box', 'check_settings', 'flip_solution', 'solve_stack', 'find_suspects',
+           'plot_scores', 'plot_agreement', 'draw_solution', 'tabulate_diagnosis', 'suggest_commands', 'make_sections',
+           'write_poses', 'write_scores', 'write_solution', 'load_images', 'abinit_run', 'write_source', 'read_source',
+           'read_verdict', 'describe_run']
 
 # %% ../nbs/55_abinit.ipynb #b1763f8b
 import dataclasses
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .amortised import AmortisedConfig, make_amortised_config, plan_radius, solve_amortised
 from .analysis import fact_names, save_figures
-from .core import ConfigError, InputError, Poses, RunError, Selection, make_generator, okabe_ito, pick_device, write_atomic
+from .core import ConfigError, InputError, Poses, RunError, Selection, get_world_size, is_main, make_generator, okabe_ito, write_atomic
 from .datasets import ParticleDataset, ParticleStack, find_warnings, inspect_stack, load_stack, measure_contrast
 from .diagnosis import Agreement, Diagnosis, compare_poses, measure_evenness, measure_gain
 from .files import CryosparcSource, build_cryosparc_source, change_table, write_particles, write_volume
@@ -44,6 +44,8 @@ from .runs import Section as Settings
 from .search import SearchPlan, WhitenedImages, find_poses, list_shifts, plan_search
 from .so3 import make_rotation_grid, mirror_rotations, plot_view_directions, sample_rotations
 from .solver import PoseSolution, solve_poses
+from .stages import StageConfig, correct_poses
+from .training import join_team, wait_for_team
 from .volumes import flip_hand as mirror_volume
 from .volumes import plot_sections
 
@@ -58,6 +60,7 @@ class AbInitConfig(Settings):
     end_resolution: float | None = None  # Å at which that ends; null = by the signal
     starts: int | None = None  # independent starts at least, which are compared; a search makes more while no two agree; null = 2
     max_box: int = 128  # px, larger images are Fourier-cropped to this; poses and shifts fit the original images
+    local_refinement: bool | None = None  # --method amortised: a second network corrects in full size what the first one answers; null = with the preset as-published only
     full_box: bool = False  # refine once more at the box of the images, where that is larger
     seed: int = 0  # fixes everything
 
@@ -117,7 +120,7 @@ class Progress:
         "Move the bar; a new stage gets a new one."
         if stage != self._stage:
             self.close()
-            self._bar = tqdm(total=100, desc=stage, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed} < {remaining}", leave=False, disable=None)
+            self._bar = tqdm(total=100, desc=stage, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed} < {remaining}", leave=False, disable=None if is_main() else True)
             self._stage, self._began = stage, time.perf_counter()
         self._bar.update(min(100 * share, 100) - self._bar.n)
 
@@ -166,6 +169,25 @@ def learn_networks(
         learnt.append(solve_amortised(dataset, choose_network(config), seed=config.seed + i, device=device, report=tell))
     return [found.poses for found in sorted(learnt, key=lambda found: -max(found.shares))]
 
+# %% ../nbs/55_abinit.ipynb #ab7e7074
+def correct_answers(
+    dataset: ParticleDataset,  # N images
+    config: AbInitConfig,
+    learnt: Sequence[Poses],  # (N,) of each network, shifts in Å
+    *,
+    device: torch.device | str,
+    report: Callable[[str, float], None] | None = None,  # told a stage and the share of it that is done
+) -> list[Poses]:  # (N,) of each network, shifts in Å
+    "Let second networks correct the poses of the first ones, where settings ask for it."
+    if not (config.preset == "as-published" if config.local_refinement is None else config.local_refinement):
+        return list(learnt)
+    first, corrected = choose_network(config), []
+    stage = StageConfig(trunk=first.trunk, activation=first.activation)
+    for i, poses in enumerate(learnt):
+        tell = None if report is None else lambda _, share, name=f"correction {i + 1}": report(name, share)
+        corrected.append(correct_poses(dataset, poses, stage, seed=config.seed + i, device=device, report=tell).poses)
+    return corrected
+
 # %% ../nbs/55_abinit.ipynb #d8ae7d21
 def search_again(
     images: WhitenedImages,
@@ -210,8 +232,9 @@ def solve_by_network(
     device: torch.device | str,
     report: Callable[[str, float], None] | None = None,  # told a stage and the share of it that is done
 ) -> PoseSolution:
-    "Let networks learn poses; nothing is searched or refined."
-    learnt, images = learn_networks(dataset, config, config.starts or 2, device=device, report=report), WhitenedImages(dataset, device=device)
+    "Let networks learn poses; nothing is searched."
+    learnt = correct_answers(dataset, config, learn_networks(dataset, config, config.starts or 2, device=device, report=report), device=device, report=report)
+    images = WhitenedImages(dataset, device=device)
     width = images.box * images.lattice.pixel_size
     best, *others = [Poses(poses.rot, poses.shift / width).to(images.device) for poses in learnt]
     return judge_poses(images, best, others, seed=config.seed)
@@ -256,6 +279,8 @@ def check_settings(
     "Raise `ConfigError` for resolutions that the images do not hold, or a preset that the method has no use for."
     if config.method == "search" and config.preset is not None:
         raise ConfigError(f'The preset "{config.preset}" is one of the network, and --method search has none; use --method amortised or combined, or leave it out.')
+    if config.method != "amortised" and config.local_refinement:
+        raise ConfigError(f"--local-refinement corrects what a network answers, and --method {config.method} refines its poses anyway; use --method amortised, or leave it out.")
     if config.method == "search":
         choose_radii(config, Lattice(stack.box, stack.pixel_size))
     else:
@@ -477,6 +502,27 @@ def write_solution(
     assemble_report(folder, f"Ab initio: {found.diagnosis.verdict}")
 
 # %% ../nbs/55_abinit.ipynb #fc19c5b0
+def load_images(
+    particles: str | Path,  # star or cs file, or an .mrcs or .txt list of stacks with a CTF beside it
+    config: AbInitConfig,
+    reading: Mapping[str, Any],  # of `load_stack`
+) -> tuple[ParticleStack, list[str]]:  # N images; what looks wrong with them, one sentence each
+    "Read the images of a run, check them and what is asked of them, and log what a user should know."
+    stack, logger = load_stack(particles, **reading), logging.getLogger("recon_nb")
+    warnings = check_images(stack)
+    check_settings(config, crop_stack(stack, config.max_box))
+    for warning in warnings:
+        logger.warning(warning)
+    if stack.poses is not None:
+        logger.info("the poses in %s are not used", particles)
+    if stack.box > config.max_box:
+        logger.info("images of %d px are cropped to %d px (%.4g Å)", stack.box, config.max_box, crop_stack(stack, config.max_box).pixel_size)
+    if get_world_size() > 1:
+        shared = "does not share its work: each of %d processes does all of it" if config.method == "search" else "shares the learning of networks among %d processes; what follows, each does alike"
+        logger.log(logging.WARNING if config.method == "search" else logging.INFO, f"--method {config.method} {shared}", get_world_size())
+    return stack, warnings
+
+# %% ../nbs/55_abinit.ipynb #63af09a2
 def abinit_run(
     particles: str | Path,  # star or cs file, or an .mrcs or .txt list of stacks with a CTF beside it
     out: str | Path,  # run folder to make
@@ -488,32 +534,26 @@ def abinit_run(
     **reading: Any,  # of `load_stack`
 ) -> Path:  # the folder
     "Find poses for a particle file and leave a run folder; raise `RunError` rather than overwrite anything."
-    out, where, progress = Path(out), pick_device(device), Progress()
-    with collect_log() as records:
+    out, progress = Path(out), Progress()
+    with join_team(device) as where, collect_log() as records:
         require_free(out)
-        stack = load_stack(particles, **reading)
-        warnings = check_images(stack)
-        check_settings(config, crop_stack(stack, config.max_box))
-        logger = logging.getLogger("recon_nb")
-        for warning in warnings:
-            logger.warning(warning)
-        if stack.poses is not None:
-            logger.info("the poses in %s are not used", particles)
-        if stack.box > config.max_box:
-            logger.info("images of %d px are cropped to %d px (%.4g Å)", stack.box, config.max_box, crop_stack(stack, config.max_box).pixel_size)
+        stack, warnings = load_images(particles, config, reading)
         found = solve_stack(stack, config, flip_hand=flip_hand, device=where, report=progress)
         progress.close()
-        logger.log(logging.INFO if found.diagnosis.verdict == "solved" else logging.WARNING, found.diagnosis.describe())
+        logging.getLogger("recon_nb").log(logging.INFO if found.diagnosis.verdict == "solved" else logging.WARNING, found.diagnosis.describe())
         asked = {**dataclasses.asdict(config), "flip_hand": flip_hand, "device": str(where)}
-        remove_leftovers(out.parent, out.name)
+        facts = {**asked, **{f"{stage}, s": s for stage, s in progress.seconds.items()}}
         try:
-            with write_atomic(out, replace=False) as temporary:
-                temporary.mkdir()
-                with record_log(RunFolder(temporary), records):
-                    write_source(temporary, particles, reading, asked=asked)
-                    write_solution(temporary, stack, found, run=out, facts={**asked, **{f"{stage}, s": s for stage, s in progress.seconds.items()}}, warnings=warnings, cs=cs)
+            if is_main():
+                remove_leftovers(out.parent, out.name)
+                with write_atomic(out, replace=False) as temporary:
+                    temporary.mkdir()
+                    with record_log(RunFolder(temporary), records):
+                        write_source(temporary, particles, reading, asked=asked)
+                        write_solution(temporary, stack, found, run=out, facts=facts, warnings=warnings, cs=cs)
         except FileExistsError as error:
             raise RunError(f"Another process has just made {out}; choose another name with -o.") from error
+        wait_for_team()
     return out
 
 # %% ../nbs/55_abinit.ipynb #ead120f8

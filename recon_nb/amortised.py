@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'map_kinds', 'AmortisedConfig', 'make_amortised_config', 'plan_radius', 'plan_keep', 'plan_disturbance',
-           'ClosedMap', 'GradientMap', 'disturb_poses', 'choose_kept', 'follow_gradient', 'AmortisedStep',
+           'ClosedMap', 'GradientMap', 'VoxelMap', 'disturb_poses', 'choose_kept', 'follow_gradient', 'AmortisedStep',
            'PoseLearner', 'place_all', 'learn_poses', 'read_poses', 'AmortisedSolution', 'train_start',
            'solve_amortised']
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import ask_winner, compute_errors, list_candidates, make_turns
-from .core import ConfigError, NumericalError, Poses, Volume, autocast_bf16, get_rank, get_world_size, make_generator, suggest_names
+from .core import ConfigError, InputError, NumericalError, Poses, Volume, autocast_bf16, get_rank, get_world_size, make_generator, suggest_names
 from .datasets import ParticleDataset, ParticleStack
 from .fourier import make_soft_mask
 from .fouriernet import FourierNet, FourierVoxels, MapDecoder, trace_slices
@@ -217,8 +217,25 @@ class GradientMap(nn.Module):
         "Return the map in the units of the images."
         return self.decoder.make_volume(self.images.lattice.pixel_size, self.images.dataset.scale)
 
+# %% ../nbs/42f_amortised.ipynb #3fcbf22a
+class VoxelMap(GradientMap):
+    "A grid of values, trained by gradient from the map that one batch makes at random poses."
+
+    def __init__(
+        self,
+        images: WhitenedImages,
+        config: AmortisedConfig,
+        *,
+        radius: float,  # Fourier px, the largest
+        start_radius: float,  # Fourier px, of the start
+        generator: torch.Generator,  # on the CPU; fixes the start
+    ) -> None:
+        super().__init__(images, config, radius=radius, start_radius=start_radius, generator=generator)
+        self.decoder.begin_at(ClosedMap(images, config, radius=radius, start_radius=start_radius, generator=generator).grid)
+        self.grid = self.decoder.make_grid(radius)
+
 # %% ../nbs/42f_amortised.ipynb #06f61bc7
-map_kinds: dict[str, Callable[..., nn.Module]] = {"closed": ClosedMap, "fouriernet": GradientMap, "voxels": GradientMap}  # name to what makes the map
+map_kinds: dict[str, Callable[..., nn.Module]] = {"closed": ClosedMap, "fouriernet": GradientMap, "voxels": VoxelMap}  # name to what makes the map
 
 # %% ../nbs/42f_amortised.ipynb #67747dda
 def disturb_poses(
@@ -373,9 +390,11 @@ def place_all(
 def learn_poses(
     learner: PoseLearner,
 ) -> Iterator[AmortisedStep]:
-    "Show all images, batch by batch, as often as the settings say; raise `NumericalError` when a loss is not finite."
+    "Show all images, batch by batch, as often as the settings say; raise `InputError` where a batch has fewer images than there are processes, `NumericalError` when a loss is not finite."
     config, n_images = learner.config, learner.images.n_images
     size = min(config.batch_size, n_images)
+    if size < get_world_size():
+        raise InputError(f"A batch of {size} images cannot be shared by {get_world_size()} processes; start fewer or choose a larger batch_size.")
     n_steps = max(1, math.ceil((config.epochs or max(1.0, 150_000 / n_images)) * n_images / size))
     batches = draw_batches(n_images, size, learner.generator)
     for i in range(n_steps):

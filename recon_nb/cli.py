@@ -555,14 +555,17 @@ def solve_particles(
     Poses in the file are not used. Hand, orientation and origin of the map are arbitrary.
     recon train RUN -o NAME goes on with the poses; RUN/particles.star has them for RELION, with every column of the input.
     Exit status 2 where the verdict is failed; the files are written all the same, marked so.
+    Several GPUs or nodes share the learning of a network: torchrun --nproc_per_node N -m recon_nb.cli abinit PARTICLES -o RUN --method amortised (or combined).
     """
     from recon_nb.abinit import AbInitConfig, abinit_run, describe_run, read_verdict
-    from recon_nb.core import RunError
+    from recon_nb.core import RunError, is_main
 
     settled = settle_settings(solving, particles=particles, homogeneous=False)
     given = {section: {name.partition(".")[2]: value for name, value in settled.items() if name.startswith(section)} for section in ("abinit.", "data.")}
     reading = {name: value for name, value in given["data."].items() if name not in ("particles", "poses")}
     run = abinit_run(settled["data.particles"], out, AbInitConfig(**given["abinit."]), flip_hand=flip_hand, cs=cs, device=device, **reading)
+    if not is_main():
+        return
     print(describe_run(run))
     if read_verdict(run) == "failed":
         raise RunError(f"no map was found: neither {run}/map.mrc nor the poses can be trusted; {run}/report.html says what to look at.")

@@ -160,6 +160,19 @@ class FourierVoxels(MapDecoder):
         axis = torch.arange(-r, r + 1).float().square()
         self.register_buffer("radii", (axis[:, None, None] + axis[:, None] + axis[r:]).sqrt() / pad, persistent=False)
 
+    @torch.no_grad()
+    def begin_at(
+        self,
+        table: Tensor,  # (2s+1, 2s+1, s+1) complex64, in units of the images, of the same padding; s may differ from r
+    ) -> None:
+        "Set the values to those of another grid, zero beyond it."
+        r, s = self.grid.shape[2] - 1, table.shape[2] - 1
+        n = min(r, s)
+        inner = torch.zeros(self.grid.shape[:3], dtype=torch.complex64, device=self.grid.device)
+        inner[r - n : r + n + 1, r - n : r + n + 1, : n + 1] = table[s - n : s + n + 1, s - n : s + n + 1, : n + 1]
+        size = interpolate_shells(self.envelope, self.radii)
+        self.grid.copy_(torch.view_as_real(torch.where(size > 0, inner / size.clamp(min=1e-30), 0)))
+
     def build_table(self) -> Tensor:  # (2r+1, 2r+1, r+1) complex64
         "Return the transform on the grid, Hermitian, in units of the images."
         table = torch.view_as_complex(self.grid) * interpolate_shells(self.envelope, self.radii)

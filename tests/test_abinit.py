@@ -195,6 +195,7 @@ def test_nan_is_refused(recon, data, tmp_path):
     (['--method', 'guess'], 'invalid choice'),
     (['--preset', 'quick'], '--method search has none'),
     (['--method', 'amortised', '--preset', 'quik'], 'quick'),
+    (['--method', 'combined', '--local-refinement'], 'refines its poses anyway'),
     (['--method', 'amortised', '--end-resolution', '1'], 'Fourier px'),
     (['--poses', 'x.star'], '--poses'),
     (['--box', '400'], 'cannot be made of images of 20 px'),
