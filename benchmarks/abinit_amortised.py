@@ -29,7 +29,7 @@ from recon_nb.amortised import AmortisedConfig, make_amortised_config, solve_amo
 from recon_nb.core import keep_freed_memory, make_generator
 from recon_nb.so3 import align_poses, mirror_rotations
 
-BASE = {"epochs": 12.0}
+BASE = {"epochs": 12.0, "disturbance": 0.0}
 VARIANTS = {
     "base": {},
     "no curriculum": {"curriculum": 0.0},
@@ -44,7 +44,7 @@ VARIANTS = {
 MORE = {"not mirrored": {"mirror": False}, "turned by 90 degrees": {"turns": "four"}, "residual encoder": {"trunk": "resnet"}, "20 % junk, 0.8 kept by error": {"junk": True, "keep": 0.8}, "two guesses": {"n_heads": 2}, "rate 3e-3": {"learning_rate": 3e-3}}
 CASES = {"bar": (["bar", "bar, poses disturbed"], range(5)), "ablation": (list(VARIANTS), range(3)), "more": (list(MORE), range(1)), "published": (["as-published"], range(1))}
 KEYS = ("case", "variant", "map", "seed")
-BAR = {"bar": {"epochs": 30.0, "n_starts": 2}, "bar, poses disturbed": {"epochs": 30.0, "n_starts": 2, "disturbance": 5.0}}
+BAR = {"bar": {"epochs": 30.0, "n_starts": 2, "disturbance": 0.0}, "bar, poses disturbed": {"epochs": 30.0, "n_starts": 2, "disturbance": 5.0}}
 
 
 def choose_config(case: str, variant: str) -> tuple[AmortisedConfig, bool]:

@@ -58,7 +58,7 @@ class AmortisedConfig(Section):
     rank_by: Literal["error", "gain"] = "error"  # of which: those of least error, or those whose error is most below that of an empty image
     keep_from: float = 0.2  # share of the epochs before which all are
     keep_to: float = 0.9  # share of the epochs after which all are again
-    disturbance: float = 0.0  # degrees, by which poses are disturbed before the map is made, falling to 0 while the mask grows
+    disturbance: float = 5.0  # degrees, by which poses are disturbed before the map is made, falling to 0 while the mask grows
     mask_radius: float | None = None  # fraction of the box, of the soft disc around the shifted particle outside which errors do not count; null = none
     max_shift: float = 0.15  # fraction of the box, the largest shift that can be answered
     low_pass: float = 4.0  # Fourier px, of the second picture that the encoder sees
