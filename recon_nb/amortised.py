@@ -87,7 +87,12 @@ def make_amortised_config(
     if preset is None or preset in PRESETS:
         given = PRESETS.get(preset, {})
     elif Path(preset).suffix == ".json":
-        given = json.loads(Path(preset).read_text())
+        try:
+            given = json.loads(Path(preset).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{preset} is no file of settings in JSON ({error}).") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f'{preset} holds a {type(given).__name__}; expected settings by name, such as {{"epochs": 12}}.')
     else:
         raise ConfigError(f'Unknown preset "{preset}"; there are {", ".join(PRESETS)}, or name a .json file of settings.{suggest_names(str(preset), PRESETS)}')
     return config_from_dict({**given, **changes}, AmortisedConfig)

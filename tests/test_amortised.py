@@ -116,3 +116,11 @@ def test_disturbance_keeps_the_gradient():
     disturb_poses(Poses(rot, torch.zeros(3, 2)), 4.0, torch.randn(3, 3, generator=make_generator(0, 'noise'))).rot.sum().backward()
     assert rot.grad is not None
     assert float(rotation_distance(disturb_poses(Poses(rot.detach(), torch.zeros(3, 2)), 4.0, torch.randn(3, 3, generator=make_generator(0, 'noise'))).rot, rot.detach()).max()) < 25
+
+
+@pytest.mark.parametrize('text, says', [('[1, 2]', 'holds a list'), ('{', 'no file of settings'), (None, 'no file of settings'), ('{"epoch": 3}', 'Did you mean "epochs"')])
+def test_a_file_of_settings_that_is_none_is_refused_in_words(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / 'own.json').write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        make_amortised_config(tmp_path / 'own.json')
