@@ -372,7 +372,7 @@ def draw_solution(
     plot_agreement(found.diagnosis, ax=figures["starts"].subplots())
     captions = {
         "map": "Sections through the map and its projections. Hand, orientation and origin are arbitrary.",
-        "fsc": "Fourier shell correlation of half-maps, refined apart from the poses of one search: coarse shells share that search and agree too well; the edge of the curve is honest.",
+        "fsc": "Fourier shell correlation of half-maps, refined apart from the poses of one search: they share that search, and agree on a wrong map as well as on a right one. The verdict tells the two apart; only of a solved map does the curve tell the resolution.",
         "views": "From where the particles are seen; what is dark all through is never seen.",
         "scores": "How much better each image is explained by the map than by nothing; junk scores low.",
         "starts": f"The best start and the one that agrees best with it, of {found.diagnosis.n_starts}. A map of two hands at once has images in both.",
@@ -396,7 +396,7 @@ def tabulate_diagnosis(
 # %% ../nbs/55_abinit.ipynb #7fdb4213
 advice = {
     "solved": "Independent starts agree, and the map explains images that it was not made of. Refine further, or train. Hand, orientation and origin are arbitrary.",
-    "ambiguous": "The map explains images better than chance, but no two starts agree on it, or they agree in both hands. Try more starts (--starts 5), another --seed, more images, or a finer --end-resolution; symmetric or featureless particles may stay ambiguous.",
+    "ambiguous": "The map explains images better than chance, but no two starts agree on it, or they agree in both hands. Try more starts than were made (--starts), another --seed or more images; symmetric or featureless particles may stay ambiguous.",
     "failed": "The map explains new images no better than a map of random poses does: do not use it, nor the poses. Are there enough images, is the CTF right (recon inspect), is the contrast of the particles right (--invert-contrast), have the images been centred? 2-D classification first removes what is no particle.",
 }  # by verdict
 
@@ -598,6 +598,8 @@ def describe_run(
     "Return in words what an ab initio run found and what can be done with it."
     found = json.loads((Path(run) / "diagnosis.json").read_text())
     resolution = "no resolution" if found["resolution_0.143"] is None else f"{found['resolution_0.143']:.3g} Å between half-maps at FSC .143"
+    if found["verdict"] != "solved":
+        resolution += ", which says nothing where poses are wrong"
     lines = [found["words"], f"{resolution}, {found['n_suspects']} of {found['n_images']} images are suspects of junk: {run}"]
     if found["verdict"] != "failed":
         lines.append(f"next: recon train {run} -o NAME, or {Path(run) / 'particles.star'} in RELION; the hand is arbitrary (--flip-hand gives the other)")
