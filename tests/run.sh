@@ -33,10 +33,10 @@ step() {   # step NAME SECONDS COMMAND...: run under a time limit, remember a fa
 }
 
 step 'notebooks and modules in step' 120 python tests/check_sync.py "${committed[@]}"
-step 'notebooks' 1500 nbdev_test --n_workers "$((cores < 4 ? cores : 4))" --do_print --timing "${notebook_options[@]}"
+step 'notebooks' 2100 nbdev_test --n_workers "$((cores < 4 ? cores : 4))" --do_print --timing "${notebook_options[@]}"
 if [ "${CI:-}" = true ]; then step 'the notebooks left nothing behind' 60 python tests/check_sync.py --committed; fi
 if [ ${#failed[@]} != 0 ]; then echo "failed before pytest: ${failed[*]}"; fi
 
 # Last, so that pytest's closing line is the last line. -rs prints each skipped test with its reason, fE each failure in one line.
-timeout --kill-after=20 1500 python -m pytest tests -rfEs --durations=10 "${pytest_options[@]}" || failed+=('pytest')
+timeout --kill-after=20 2100 python -m pytest tests -rfEs --durations=10 "${pytest_options[@]}" || failed+=('pytest')
 [ ${#failed[@]} = 0 ]
