@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .amortised import AmortisedConfig, ClosedMap, follow_gradient
+from .amortised import AmortisedConfig, ClosedMap, find_ends, follow_gradient
 from .candidates import compute_errors
-from .core import InputError, Poses, Volume, autocast_bf16, get_rank, get_world_size, make_generator
+from .core import ConfigError, InputError, Poses, Volume, autocast_bf16, get_rank, get_world_size, make_generator
 from .datasets import ParticleDataset, ParticleStack
 from .poseencoder import activations, limit_length, pose_trunks, prepare_images
 from .runs import Section
@@ -58,12 +58,9 @@ def plan_stage_radius(
     box: int,  # D, px
     pixel_size: float,  # Å
 ) -> float:  # Fourier px
-    "Return the radius of the mask; raise `InputError` where the images do not reach it."
-    largest = box / 2 - 1
-    ends = [min(default, largest) if d is None else box * pixel_size / d for d, default in ((config.start_resolution, 6.0), (config.end_resolution, max(6.0, box / 3)))]
-    if not 1 <= ends[0] <= ends[1] <= largest:
-        raise InputError(f"The mask would grow from {ends[0]:.3g} to {ends[1]:.3g} Fourier px; images of {box} px of {pixel_size:.3g} Å have 1 to {largest:g}, which is {box * pixel_size:.3g} to {box * pixel_size / largest:.3g} Å.")
-    return ends[0] + (ends[1] - ends[0]) * (min(progress / config.curriculum, 1.0) if config.curriculum > 0 else 1.0)
+    "Return the radius of the mask; raise `ConfigError` where the images do not reach it."
+    start, end = find_ends(config.start_resolution, config.end_resolution, (6.0, max(6.0, box / 3)), box=box, pixel_size=pixel_size)
+    return start + (end - start) * (min(progress / config.curriculum, 1.0) if config.curriculum > 0 else 1.0)
 
 # %% ../nbs/42g_stages.ipynb #2f849c45
 class PoseCorrector(nn.Module):
