@@ -9,10 +9,10 @@ __all__ = ['reading', 'option_sets', 'synonyms', 'path_settings', 'verbs', 'Opti
            'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution',
            'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'solve_particles', 'fit_particles',
            'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch',
-           'traverse_latents', 'show_particles', 'place_particles', 'converge_run', 'filter_particles',
-           'export_particles', 'map_volumes', 'measure_subunits', 'confirm_state', 'compare_classes',
-           'compare_replicates', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages', 'release_messages',
-           'show_messages', 'run_verb', 'main']
+           'traverse_latents', 'explore_latents', 'show_particles', 'place_particles', 'converge_run',
+           'filter_particles', 'export_particles', 'map_volumes', 'measure_subunits', 'confirm_state',
+           'compare_classes', 'compare_replicates', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
+           'release_messages', 'show_messages', 'run_verb', 'main']
 
 # %% ../nbs/90_cli.ipynb #77d1f788
 import argparse
@@ -112,6 +112,7 @@ option_sets: dict[str, tuple[OptionSet, ...]] = {
         OptionSet("subspace", "runs", "SubspaceConfig", section="subspace"),
     ),
     "convergence": (OptionSet("convergence", "convergence", "converge_run"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "flip_hand"))),
+    "exploring": (OptionSet("explorer", "explore", "explore_run"),),
     "filtering": (OptionSet("filter", "filtering", "filter_run"),),
     "exporting": (OptionSet("export", "export", "export_selection"),),
     "landscape": (OptionSet("landscape", "landscape", "map_landscape"), OptionSet("volumes", "latent", "generate_volumes", ("box", "invert", "low_pass", "flip_hand"))),
@@ -770,6 +771,20 @@ def traverse_latents(
     export_traversal(run, out, anchors, names=names, bridge=bridge, epoch=epoch, mean_neighbors=mean_neighbors, max_neighbors=max_neighbors, device=device, **volume)
     print(f"{write_z(out)} volumes: {out}")
 
+# %% ../nbs/90_cli.ipynb #7cf36818
+def explore_latents(
+    run: str,  # run folder
+    **exploring,
+) -> None:
+    """Open a page in the browser: latents, images and volumes of a run, selections drawn with the mouse. Ends with Ctrl-C.
+
+    Needs Voila, which the extra app installs: pip install 'recon_nb[app]'.
+    On a machine without a screen: --no-browser, and from your own, ssh -L 8866:localhost:8866 MACHINE.
+    """
+    from recon_nb.explore import explore_run
+
+    explore_run(run, **exploring)
+
 # %% ../nbs/90_cli.ipynb #1e73228a
 def show_particles(
     particles: str,  # star file that says where its particles lie in tomograms
@@ -956,6 +971,7 @@ verbs: dict[str, Callable] = {
     "volumes": write_volumes,
     "analyze": analyze_epoch,
     "traverse": traverse_latents,
+    "explore": explore_latents,
     "context": show_particles,
     "place": place_particles,
     "converge": converge_run,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'abinit', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
+    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'abinit', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'explore', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
 
 
 @pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
@@ -448,6 +449,8 @@ slips = {
     'replicate that is no run': ('replicate {run} {faulty}', ['faulty', 'not a run']),
     'converge over two epochs': ('converge {run}', ['2 epochs', 'three', '--keep-last']),
     'converge at an epoch that was not kept': ('converge {run} --epochs 1 2 9', ['9', '1, 2']),
+    'explore what is no run': ('explore {faulty} --no-browser', ['not a run'] if find_spec('voila') else ['recon_nb[app]']),
+    'explore an epoch that was not kept': ('explore {run} --no-browser --epoch 9', ['9', '1, 2'] if find_spec('voila') else ['recon_nb[app]']),
     'demo into a folder with files': ('demo -o {faulty}', ['faulty', '-o']),
 }
 
