@@ -8,6 +8,7 @@ Nothing in the result asks another host for anything. RECON_NB_DATA, the folder 
 """
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
@@ -20,12 +21,13 @@ import nbformat  # noqa: E402
 from sphinx.cmd.build import main as sphinx_build  # noqa: E402
 
 from steps.assets import vendor_assets  # noqa: E402
+from steps.commands import write_commands  # noqa: E402
 from steps.execute import execute_notebooks, list_notebooks, notebooks, read_record  # noqa: E402
 from steps.gallery import write_measured, write_modules, write_tutorials  # noqa: E402
-from steps.numbers import fill_numbers  # noqa: E402
+from steps.quotes import fill_quotes  # noqa: E402
 from steps.pictures import draw_pictures  # noqa: E402
 from steps.process import link_notebooks, name_page, process_notebook  # noqa: E402
-from steps.symbols import link_prose  # noqa: E402
+from steps.symbols import link_prose, list_verbs  # noqa: E402
 
 output = here.parent / '_docs'
 
@@ -65,7 +67,7 @@ def read_prose(names):
     for path in sorted((here / 'pages').rglob('*.md')):
         name = str(path.relative_to(here / 'pages'))
         page = name.removesuffix('.md')
-        text = fill_numbers(path.read_text(encoding='utf-8'))
+        text = fill_quotes(path.read_text(encoding='utf-8'))
         files[name] = link_prose(link_notebooks(text, 'index.ipynb', page, names), page, names)
     changes = (here.parent / 'CHANGELOG.md').read_text(encoding='utf-8')
     files['changelog.md'] = link_prose(changes, 'changelog', names)
@@ -83,11 +85,20 @@ def copy_files(paths, work):
         shutil.copy(file, place)
 
 
+def read_uses(paths, files):
+    """Return {page: (title, text)} of the tutorials and the pages of prose, where verbs of the command line are shown."""
+    texts = {name_page(path): '\n'.join(cell.source for cell in nbformat.read(path, 4).cells) for path in paths if path.parent.name == 'tutorials'}
+    texts |= {name.removesuffix('.md'): text for name, text in files.items() if name.endswith('.md') and name not in ('index.md', 'changelog.md')}
+    return {name: (re.search(r'^# (.*)', text, re.M)[1], text) for name, text in texts.items()}
+
+
 def assemble(paths, records, work):
     """Fill the folder that Sphinx reads; return the pages of the notebooks."""
     names, source = {name_page(path) for path in paths} - {'index'}, work / '_source'
+    names |= {f'commands/{verb}' for verb in list_verbs()}
     pages = [process_notebook(path, records.get(path), names) for path in paths if path.stem != 'index']
-    files = write_pages(pages) | read_prose(names)
+    prose = read_prose(names)
+    files = write_pages(pages) | prose | write_commands(read_uses(paths, prose), names)
     files |= {'tutorials/index.md': write_tutorials(pages, work / '_extra' / '_images_cards'), 'modules.md': write_modules(pages), 'measured.md': write_measured(pages)}
     for old in [*source.rglob('*.md'), *source.rglob('*.ipynb')]:
         if str(old.relative_to(source)) not in files:

@@ -57,10 +57,10 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_favicon = str(here / 'static' / 'icon.svg')
 html_theme_options = {
-    'logo': {'text': settings['title']},
+    'logo': {'text': settings['title'], 'image_light': '_static/icon.svg', 'image_dark': '_static/icon.svg', 'alt_text': ''},
     'github_url': settings['git_url'],
     'navbar_align': 'left',
-    'header_links_before_dropdown': 6,
+    'header_links_before_dropdown': 7,
     'navigation_with_keys': False,
     'show_prev_next': True,
     'show_toc_level': 2,

@@ -124,19 +124,24 @@ def shoot(page, name):
 
 @slow
 def test_code_of_the_decoder_page_runs():
-    """What the page tells a user to type works: Hermitian, and it learns."""
-    text = (root / 'docs/pages/add_decoder.md').read_text(encoding='utf-8')
+    """What the page tells a user to type works, laws included; the tutorial T13, whose code it is, trains it."""
+    from steps.quotes import fill_quotes
+
+    text = fill_quotes((root / 'docs/pages/add_decoder.md').read_text(encoding='utf-8'))
     exec(compile('\n'.join(re.findall(r'```python\n(.*?)```', text, flags=re.S)), 'add_decoder.md', 'exec'), {'__name__': 'page'})
 
 
 def test_prose_quotes_results_that_exist():
-    """Every placeholder of a measured number is filled; one that has no row stops the build."""
-    from steps.numbers import fill_numbers
+    """Every placeholder of a measured number or of code is filled; one that has no row, or no cell, stops the build."""
+    from steps.quotes import fill_quotes
 
     for path in (root / 'docs/pages').rglob('*.md'):
-        assert '{{' not in fill_numbers(path.read_text(encoding='utf-8')), path
+        assert '{{' not in fill_quotes(path.read_text(encoding='utf-8')), path
     with pytest.raises(SystemExit, match='no knn where set=nothing'):
-        fill_numbers('{{subspace.csv: knn where set=nothing | .2f}}')
+        fill_quotes('{{subspace.csv: knn where set=nothing | .2f}}')
+    with pytest.raises(SystemExit, match='0 code cells'):
+        fill_quotes('{{cell tutorials/T00_tour: class Nothing}}')
+    assert fill_quotes('{{abinit_amortised.csv: steps where case=bar, variant="bar, poses disturbed", seed=0 | .0f}}').isdigit()
 
 
 def test_a_definition_says_shapes_defaults_and_links():
@@ -159,6 +164,64 @@ def test_a_definition_says_shapes_defaults_and_links():
     assert '../core.html#recon_nb.core.Poses' in link_prose('see `Poses`', 'tutorials/T00_tour', {'core'})
     assert link_prose('```\n`Poses`\n```', 'x', {'core'}) == '```\n`Poses`\n```'
     assert link_prose('see `Poses`', 'x', set()) == 'see `Poses`'
+
+
+def list_commands(text):
+    """Return the lines that begin with `recon` in the fenced code of Markdown, continued lines joined, without comments."""
+    blocks = re.findall(r'^```[a-z]*\n(.*?)^```', text, flags=re.S | re.M)
+    return [line.strip() for block in blocks for line in block.replace('\\\n', ' ').splitlines() if re.match(r'\s*recon [a-z]', line)]
+
+
+def list_quoted_commands():
+    """Return [(place, command)] of every command line that README, site and tutorials tell a reader to type."""
+    import nbformat
+
+    texts = {path.name: path.read_text(encoding='utf-8') for path in [root / 'README.md', *(root / 'docs/pages').rglob('*.md')]}
+    for path in sorted((root / 'nbs/tutorials').glob('*.ipynb')):
+        texts[path.stem] = '\n\n'.join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == 'markdown')
+    return [(name, line) for name, text in texts.items() for line in list_commands(text)]
+
+
+def test_commands_that_readers_type_are_understood():
+    """Every command line quoted in README, site and tutorials goes through the parser of its verb."""
+    import shlex
+
+    from recon_nb.cli import build_parser, verbs
+
+    quoted, wrong = list_quoted_commands(), []
+    for name, line in quoted:
+        _, verb, *words = shlex.split(line, comments=True)
+        try:
+            build_parser(verb, verbs[verb]).parse([word for word in words if word != '...'])
+        except Exception as error:
+            wrong.append(f'{name}: {line}: {type(error).__name__}: {error}')
+    assert len(quoted) > 40
+    assert not wrong, '\n'.join(wrong)
+
+
+def test_every_verb_has_its_place():
+    """The pages of the command line list every verb, under a heading, with every option of its parser."""
+    from recon_nb.cli import verbs
+
+    from steps.commands import group_verbs, write_commands
+
+    assert sorted(verb for members in group_verbs().values() for verb in members) == sorted(verbs)
+    assert 'Others' not in group_verbs(), 'name the heading of a new verb in docs/steps/commands.py'
+    files = write_commands({'tutorials/T04_filtering': ('T04', 'recon filter RUN')}, {'filtering', 'cli', 'commands/filter'})
+    text = files['commands/filter.md']
+    assert set(files) == {'commands/index.md', *(f'commands/{verb}.md' for verb in verbs)}
+    assert '<code>--threshold</code>' in text and '../filtering.html#recon_nb.filtering.filter_run' in text and '../tutorials/T04_filtering.html' in text
+
+
+def test_commands_in_prose_are_links():
+    """`recon filter RUN` leads to the page of its verb, but not from that page itself."""
+    from steps.symbols import link_listing, link_prose
+
+    assert 'href="../commands/filter.html"' in link_prose('see `recon filter RUN -o good`.', 'tutorials/x', {'commands/filter'})
+    assert link_prose('`recon filter RUN`', 'commands/filter', {'commands/filter'}) == '`recon filter RUN`'
+    assert link_prose('`recon nothing`', 'x', {'commands/filter'}) == '`recon nothing`'
+    listing = link_listing('<div class="highlight"><pre><span></span>recon filter RUN\nmy recon filter\n</pre></div>', 'x', {'commands/filter'})
+    assert listing.count('commands/filter.html') == 1
 
 
 def list_pages(site):

@@ -28,3 +28,31 @@
   }
   if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', start); else start();
 })();
+
+// The landing page's chooser: buttons hide the routes that do not fit. Without a script all routes stand there.
+(function () {
+  'use strict';
+  function start() {
+    const chooser = document.querySelector('.chooser');
+    if (!chooser) return;
+    const chosen = {};
+    function filter() {
+      document.querySelectorAll('.route').forEach(function (route) {
+        route.hidden = Object.keys(chosen).some(function (key) { return chosen[key] && !route.dataset[key].split(' ').includes(chosen[key]); });
+      });
+    }
+    chooser.hidden = false;
+    chooser.querySelectorAll('button').forEach(function (button) {
+      const key = button.parentElement.dataset.key;
+      button.setAttribute('aria-pressed', 'false');
+      button.addEventListener('click', function () {
+        chosen[key] = chosen[key] === button.dataset.value ? '' : button.dataset.value;
+        button.parentElement.querySelectorAll('button').forEach(function (other) {
+          other.setAttribute('aria-pressed', String(chosen[key] === other.dataset.value));
+        });
+        filter();
+      });
+    });
+  }
+  if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', start); else start();
+})();

@@ -54,10 +54,10 @@ def write_card(page, thumbnail, small, here):
     return f'<a class="card-link" href="{relative(here, page.name)}">{picture}<div class="words">{words}</div></a>'
 
 
-def write_toctree(names, caption='', hidden=True):
-    """Return a toctree of absolute page names."""
-    options = ([':hidden:'] if hidden else []) + ([f':caption: {caption}'] if caption else [])
-    return '\n'.join(['```{toctree}', *options, '', *(f'/{name}' for name in names), '```'])
+def write_toctree(names, caption=''):
+    """Return a hidden toctree of absolute page names, or of {name: title}."""
+    entries = [f'{title} </{name}>' for name, title in names.items()] if isinstance(names, dict) else [f'/{name}' for name in names]
+    return '\n'.join(['```{toctree}', ':hidden:', *([f':caption: {caption}'] if caption else []), '', *entries, '```'])
 
 
 def write_tutorials(pages, folder):
@@ -87,7 +87,7 @@ def write_modules(pages):
         if members:
             rows = [f'| <a href="{page.name}.html"><code>{page.module}</code></a> | {page.title} | {page.subtitle} |' for page in members]
             parts.append('\n'.join([f'## {heading}', '', '| module | | what it does |', '|---|---|---|', *rows]))
-            parts.append(write_toctree([page.name for page in members], caption=heading))
+            parts.append(write_toctree({page.name: f'{page.module} · {page.title}' for page in members}, caption=heading))
     return '\n\n'.join(parts)
 
 

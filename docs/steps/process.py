@@ -137,7 +137,7 @@ def write_header(page, module, source, seconds, pages):
             parts.append('builds on ' + ', '.join(f'<a href="{relative(page, name)}">{name}</a>' for name in below))
     parts.append(f'<a href="{"../" * page.count("/")}notebooks/{source}" download>notebook</a>')
     if seconds:
-        parts.append(f'ran in {seconds:.0f} s')
+        parts.append(f'takes {max(seconds, 1):.0f} s of one processor')
     return f'<p class="page-line">{" · ".join(parts)}</p>'
 
 

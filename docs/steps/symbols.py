@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
-backticked = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])')
+backticked = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*(?:\(\))?|recon [a-z]+(?: [^`\n]*)?)`(?![`\]])')
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,19 @@ def list_symbols():
     return found
 
 
+@cache
+def list_verbs():
+    """Return {verb: function} of the command line."""
+    from recon_nb.cli import verbs
+
+    return dict(verbs)
+
+
 def find_address(name, page, pages):
-    """Return the link from `page` to what `name` names, a definition or a module; None where it names nothing of the site's `pages`."""
+    """Return the link from `page` to what `name` names: a definition, a module, or a verb (`recon filter`, whatever follows); None where it names nothing of the site's `pages`."""
+    if name.startswith('recon '):
+        verb = f'commands/{name.split()[1]}'
+        return relative(page, verb) if verb in pages and page != verb else None
     symbol = list_symbols().get(name)
     if symbol is not None and symbol.module in pages:
         return symbol.address(page)
@@ -104,7 +115,7 @@ def link_prose(markdown, page, pages):
     for line in markdown.split('\n'):
         fenced ^= line.lstrip().startswith(('```', '~~~'))
         if not fenced and not line.startswith('#'):
-            line = backticked.sub(lambda match: link_code(match[1] + (match[2] or ''), page, pages) if find_address(match[1], page, pages) else match[0], line)
+            line = backticked.sub(lambda match: link_code(match[1], page, pages) if find_address(match[1].removesuffix('()'), page, pages) else match[0], line)
         lines.append(line)
     return '\n'.join(lines)
 
@@ -121,7 +132,12 @@ def link_listing(body, page, pages):
         address = find_address(match[2], page, pages)
         return f'{match[1]}<a class="symbol" href="{address}"><span class="n">{match[2]}</span></a>' if address else match[0]
 
+    def link_verb(match):
+        address = find_address(match[2], page, pages)
+        return f'{match[1]}<a class="symbol" href="{address}">{match[2]}</a>' if address else match[0]
+
     def link_block(match):
+        match = [re.sub(r'((?:^|<span></span>|\n)(?:\$ )?)(recon [a-z]+)\b', link_verb, match[0])]
         return re.sub(r'((?:^|.)(?<!\.</span>))<span class="n(?:c|f)?">([A-Za-z]\w*)</span>(?!<span class="o">=</span>)', link_name, match[0], flags=re.S)
 
     return re.sub(r'<div class="highlight">.*?</pre></div>', link_block, body, flags=re.S)
