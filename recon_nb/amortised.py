@@ -110,7 +110,8 @@ def find_ends(
     largest = box / 2 - 1
     start, end = (min(default, largest) if d is None else box * pixel_size / d for d, default in zip((start_resolution, end_resolution), defaults, strict=True))
     if not 1 <= start <= end <= largest:
-        raise ConfigError(f"The mask would grow from {start:.3g} to {end:.3g} Fourier px; images of {box} px of {pixel_size:.3g} Å have 1 to {largest:g}, which is {box * pixel_size:.3g} to {box * pixel_size / largest:.3g} Å.")
+        width = box * pixel_size
+        raise ConfigError(f"The resolution would go from {width / start:.3g} to {width / end:.3g} Å; it goes from coarse (large) to fine (small), and images of {box} px of {pixel_size:.4g} Å have {width:.4g} to {width / largest:.3g} Å.")
     return start, end
 
 # %% ../nbs/42f_amortised.ipynb #c758e5a6
@@ -372,11 +373,10 @@ class PoseLearner:
         turns = make_turns(config.turns, mirror=config.mirror, generator=self.generator).to(images.device)
         shown, (k, given) = self.show(rows), images.read(rows, radius)
         winner, errors, _ = self.find_winners(shown, turns, k, given)
-        power = given["transfer"].square().sum(1).clamp(min=1e-12)
-        rank = errors if config.rank_by == "error" else errors - given["images"].abs().square().sum(1) / power
+        rank = errors if config.rank_by == "error" else errors - given["images"].abs().square().sum(1) / given["transfer"].square().sum(1).clamp(min=1e-12)
         kept, weight = choose_kept(rank, plan_keep(config, progress))
-        given, power = {name: value[kept] for name, value in given.items()}, power[kept]
-
+        given = {name: value[kept] for name, value in given.items()}
+        power = given["transfer"].square().sum(1).clamp(min=1e-12)
         poses = ask_winner(self.ask, shown[kept], turns, winner=winner[kept], n_heads=config.n_heads)
         if (degrees := plan_disturbance(config, progress)) > 0:
             poses = disturb_poses(poses, degrees, torch.randn(len(batch), 3, generator=self.generator)[mine][kept.cpu()])
@@ -385,7 +385,6 @@ class PoseLearner:
         allowed = max(float(images.spectrum.information[math.floor(radius)]), 1e-6)
         loss = (errors * weight).sum() * float(sum_over_team((power * weight).sum())) / (2 * allowed)
         follow_gradient(self.optimizer, loss, list(self.encoder.parameters()), progress=progress)
-
         seen, errors = weight > 0, errors.detach()
         self.map.learn(rows[kept[seen].cpu()], Poses(poses.rot.detach()[seen], poses.shift.detach()[seen]), radius)
         gain = given["images"].abs().square().sum(1) - errors * power
@@ -395,10 +394,11 @@ class PoseLearner:
 # %% ../nbs/42f_amortised.ipynb #ff1d22b0
 def place_all(
     learner: PoseLearner,
+    report: Callable[[float], None] | None = None,  # told the share that is done
 ) -> tuple[Poses, Tensor, Poses]:  # of the winners (N,), with shifts as fractions of the box; errors (N,); of the images as they are (N,); on the CPU
     "Return the poses of all images, read by all processes."
     n, world = learner.images.n_images, get_world_size()
-    poses, errors, direct = read_poses(learner, torch.arange(get_rank(), n, world))
+    poses, errors, direct = read_poses(learner, torch.arange(get_rank(), n, world), report=report)
     parts = gather_objects((poses.rot.cpu(), poses.shift.cpu(), errors.cpu(), direct.rot.cpu(), direct.shift.cpu()))
     order = torch.cat([torch.arange(r, n, world) for r in range(world)]).argsort()
     rot, shift, errors, direct_rot, direct_shift = (torch.cat(column)[order] for column in zip(*parts, strict=True))
@@ -427,6 +427,7 @@ def read_poses(
     learner: PoseLearner,
     rows: Tensor,  # (n,) int64
     n_part: int = 256,  # images at a time
+    report: Callable[[float], None] | None = None,  # told the share that is done
 ) -> tuple[Poses, Tensor, Poses]:  # of the winners (n,), with shifts as fractions of the box; errors (n,); of the image as it is (n,)
     "Return the poses of images."
     config, images = learner.config, learner.images
@@ -436,6 +437,8 @@ def read_poses(
         winner, errors, guesses = learner.find_winners(learner.show(part), turns, k, given)
         each = torch.arange(len(part), device=errors.device)
         found.append((guesses.rot[each, winner], guesses.shift[each, winner], errors, guesses.rot[:, 0], guesses.shift[:, 0]))
+        if report:
+            report(min(n_part * len(found) / len(rows), 1.0))
     rot, shift, errors, plain_rot, plain_shift = (torch.cat(column) for column in zip(*found, strict=True))
     return Poses(rot, shift), errors, Poses(plain_rot, plain_shift)
 
@@ -487,9 +490,7 @@ def solve_amortised(
         made = train_start(images, config, seed=seed + 1000 * start, report=tell)
         best, shares = made if best is None or made[2] > best[2] else best, [*shares, made[2]]
     learner, history, _ = best
-    if report:
-        report("reading poses", 0.0)
-    poses, loss, direct = place_all(learner)
+    poses, loss, direct = place_all(learner, report and (lambda share: report("reading poses", share)))
     width = images.box * images.lattice.pixel_size
     in_angstrom = lambda given: Poses(given.rot, given.shift * width)
     return AmortisedSolution(in_angstrom(poses), in_angstrom(direct), loss, learner.map.make_volume(), history, shares, config)

@@ -7,6 +7,7 @@ __all__ = ['Agreement', 'compare_poses', 'Gain', 'ScrambledImages', 'measure_gai
 
 # %% ../nbs/42c_diagnosis.ipynb #3049222f
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,7 @@ def measure_gain(
     generator: torch.Generator,  # on the CPU; fixes split, control and grid
     n_test: int = 500,  # images that are left out of the maps, at most half of all
     shift_sigma: float = 0.04,  # fraction of the box
+    report: Callable[[float], None] | None = None,  # told the share that is done
 ) -> Gain:
     "Leave images out of the map, align them and scrambled ones to it and to a control of random poses, and compare scores."
     device, order = images.device, torch.randperm(len(rows), generator=generator)
@@ -100,8 +102,12 @@ def measure_gain(
     shifts, gains = list_shifts(1 / 32).to(device), []
     for given in (poses[train], random):
         grid = build_map(images, rows[train], given, radius).make_grid()
+        if report:
+            report(len(gains) / 2 + 0.1)
         look = lambda source: find_poses(source, rows[test], grid, rotations, radius=radius, shifts=shifts, shift_sigma=shift_sigma)[1][:, 0].double()
         gains.append(look(images) - look(ScrambledImages(images, generator)))
+        if report:
+            report(len(gains) / 2)
     gain = gains[0] - gains[1]
     return Gain(float(gain.mean()), float(gain.std() / len(gain) ** 0.5))
 
@@ -118,7 +124,7 @@ def measure_evenness(
 class Diagnosis:
     "What is known about the quality of poses found from nothing."
 
-    agreement: Agreement  # of the best start with the start that agrees best
+    agreement: Agreement  # of the best start with the start that agrees best; where only one was made, of its halves
     gain: Gain  # over random poses
     orienting: float  # nats per image that the signal offers between shells 3 and 10
     evenness: float  # of views, 0 to 1
@@ -135,7 +141,8 @@ class Diagnosis:
     def describe(self) -> str:
         "Return the verdict with its reasons in a sentence."
         a = self.agreement
+        compared = f"the best two of {self.n_starts} starts" if self.n_starts > 1 else "only one start was made, nothing independent bears it out; its two halves"
         return (
-            f"{self.verdict}: the best two of {self.n_starts} starts correlate {a.correlation:.2f} in Fourier shells, {a.same:.0%} of images within 15 degrees in one hand and {a.other:.0%} in the other; "
+            f"{self.verdict}: {compared} correlate {a.correlation:.2f} in Fourier shells, {a.same:.0%} of images within 15 degrees in one hand and {a.other:.0%} in the other; "
             f"{self.gain.mean:.1f} +- {self.gain.error:.1f} nats per image over random poses ({self.orienting:.0f} offered); evenness of views {self.evenness:.2f}."
         )

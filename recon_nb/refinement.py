@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['refine_poses', 'refine_candidates', 'find_support', 'build_map', 'build_reference', 'plan_refinement',
-           'refine_together', 'measure_residual', 'straighten_series', 'solve_turns', 'refine_groups',
+           'narrow_report', 'refine_together', 'measure_residual', 'straighten_series', 'solve_turns', 'refine_groups',
            'find_displacement', 'bring_to_frame', 'refine_halves', 'finish_solution']
 
 # %% ../nbs/42b_refinement.ipynb #7f4eb9d2
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def refine_poses(
     shift_sigma: float = 0.04,  # fraction of the box, standard deviation of shifts expected
     n_steps: int = 4,  # trial steps
     n_part: int = 2048,  # images at a time
+    report: Callable[[float], None] | None = None,  # told the share of the images that is done
 ) -> tuple[Poses, Tensor]:  # (n,); half the squared error (n,), the prior of the shift included
     "Return poses that explain images better, by damped least squares in the five numbers of each."
     precision = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], device=poses.rot.device) / shift_sigma**2
@@ -61,6 +63,8 @@ def refine_poses(
             state, damping = tuple(map(choose, trial, state)), torch.where(better, damping / 5, damping * 8)
         refined.append(here)
         losses.append(state[0])
+        if report:
+            report(sum(map(len, losses)) / len(rows))
     return Poses(torch.cat([p.rot for p in refined]), torch.cat([p.shift for p in refined])), torch.cat(losses)
 
 # %% ../nbs/42b_refinement.ipynb #68d7985f
@@ -135,20 +139,31 @@ def plan_refinement(
     return [*radii, end, end]
 
 # %% ../nbs/42b_refinement.ipynb #a64f29f6
+def narrow_report(
+    report: Callable[[float], None] | None,  # of the whole, told the share that is done
+    begin: float,  # share of the whole that is done when the part begins
+    end: float,  # share of the whole that is done when the part ends
+) -> Callable[[float], None] | None:
+    "Return a report for a part of the work; None for nobody to tell."
+    return report and (lambda share: report(begin + share * (end - begin)))
+
+# %% ../nbs/42b_refinement.ipynb #b3713a48
 def refine_together(
     images: WhitenedImages,
     rows: Tensor,  # (n,) int64, images that make the map
     poses: Poses,  # (n,) of these rows, with shifts as fractions of the box
     *,
     radii: Sequence[float],  # Fourier px, one round each
+    report: Callable[[float], None] | None = None,  # told the share of the work that is done, which grows with the number of coefficients
     **options: object,  # of `refine_poses`: shift_sigma, n_steps
 ) -> tuple[Poses, Tensor]:  # (n,), (n,) half the squared errors of the last round
     "Refine poses against the map that they make, round by round; raise `InputError` for no round."
     if not radii:
         raise InputError("Refinement needs one radius or more.")
-    for radius in radii:
+    whole = sum(radius**2 for radius in radii)
+    for radius, (begin, end) in zip(radii, pairwise(accumulate((radius**2 / whole for radius in radii), initial=0.0)), strict=True):
         grid = build_reference(images, rows, poses, radius).make_grid()
-        poses, loss = refine_poses(images, rows, poses, grid=grid, radius=radius, **options)
+        poses, loss = refine_poses(images, rows, poses, grid=grid, radius=radius, report=narrow_report(report, begin, end), **options)
     return poses, loss
 
 # %% ../nbs/42b_refinement.ipynb #b089fc16
@@ -284,12 +299,13 @@ def refine_halves(
     *,
     radii: list[float],  # Fourier px
     shift_sigma: float,  # fraction of the box
+    report: Callable[[float], None] | None = None,  # told the share that is done
 ) -> tuple[Volume, Volume]:  # (D, D, D) in the units of the images
     "Return half-maps of even and odd images, refined apart."
     halves = []
     for half in (0, 1):
         rows = torch.arange(half, images.n_images, 2)
-        poses, _ = refine_together(images, rows, start[rows], radii=radii, shift_sigma=shift_sigma, n_steps=3)
+        poses, _ = refine_together(images, rows, start[rows], radii=radii, shift_sigma=shift_sigma, n_steps=3, report=narrow_report(report, half / 2, (half + 1) / 2))
         poses, _ = bring_to_frame(poses, joint[rows])
         halves.append(build_map(images, rows, poses, images.box / 2 - 1e-3).make_volume())
     return halves[0], halves[1]
@@ -304,16 +320,15 @@ def finish_solution(
     report: Callable[[str, float], None] | None = None,  # told "refining" and the share of it that is done
 ) -> tuple[Poses, Tensor, Volume, tuple[Volume, Volume]]:  # poses (N,) with shifts as fractions of the box, score (N,), map, half-maps
     "Refine all poses to the edge of the box; return them with score, map and half-maps."
-    rows, radii, poses = torch.arange(images.n_images), plan_refinement(radius, images.box), start
-    work = torch.tensor(radii).square().cumsum(0) / (2 * torch.tensor(radii).square().sum())  # half-maps take as long again
-    for r, done in zip(radii, work.tolist(), strict=True):
-        poses, loss = refine_together(images, rows, poses, radii=[r], shift_sigma=shift_sigma, n_steps=3)
-        if r == radii[0]:
-            some = torch.linspace(0, len(rows) - 1, min(len(rows), 5000)).long()
-            images = WhitenedImages(images.dataset, measure_residual(images, some, poses[some], radius=radii[-1]), images.device)
-        if report:
-            report("refining", done)
+    rows, radii, options = torch.arange(images.n_images), plan_refinement(radius, images.box), {"shift_sigma": shift_sigma}
+    tell = report and (lambda share: report("refining", share))
+    joint, apart = sum(r**2 for r in radii), sum(r**2 for r in radii[:-1])  # work of all rounds, and of the halves
+    first, both = radii[0] ** 2 / (joint + apart), joint / (joint + apart)
+    poses, _ = refine_together(images, rows, start, radii=radii[:1], n_steps=3, report=narrow_report(tell, 0, first), **options)
+    some = torch.linspace(0, len(rows) - 1, min(len(rows), 5000)).long()
+    images = WhitenedImages(images.dataset, measure_residual(images, some, poses[some], radius=radii[-1]), images.device)
+    poses, loss = refine_together(images, rows, poses, radii=radii[1:], n_steps=3, report=narrow_report(tell, first, both), **options)
     empty = torch.cat([images.read(part, radii[-1])[1]["images"].abs().square().sum(1) / 2 for part in rows.split(2048)])
     full = build_map(images, rows, poses, images.box / 2 - 1e-3).make_volume()
-    halves = refine_halves(images, start, poses, radii=radii[:-1], shift_sigma=shift_sigma)  # once with every coefficient is enough for a curve
+    halves = refine_halves(images, start, poses, radii=radii[:-1], report=narrow_report(tell, both, 1), **options)  # once with every coefficient is enough for a curve
     return poses, empty - loss, full, halves

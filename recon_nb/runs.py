@@ -595,6 +595,8 @@ def open_run(
     path: str | Path,  # folder made by `create_run`
 ) -> RunFolder:
     "Open an existing run; raise `RunError` when there is none."
+    if not is_run(path) and (Path(path) / "abinit.json").is_file():
+        raise RunError(f"{path} is an ab initio run: it holds a map and poses, no latents. Train on it first (recon train {path} -o NAME, or recon subspace {path} -o NAME), and name that run here.")
     if not is_run(path):
         raise RunError(f"{path} is not a run (it has no config.json); `recon train PARTICLES -o {path}` makes one.")
     return RunFolder(Path(path))

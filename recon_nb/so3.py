@@ -6,8 +6,8 @@
 __all__ = ['euler_to_matrix', 'matrix_to_euler', 'quaternion_to_matrix', 'matrix_to_quaternion', 'rotvec_to_matrix',
            'matrix_to_rotvec', 'sixd_to_matrix', 'matrix_to_sixd', 'rotation_distance', 'sample_rotations',
            'compute_uniform_share', 'make_fibonacci_rotations', 'make_rotation_grid', 'get_view_direction',
-           'plot_view_directions', 'mirror_rotations', 'average_rotations', 'find_consensus_rotation', 'PoseAlignment',
-           'align_poses', 'plot_rotation_errors', 'convert_cryosparc_pose']
+           'estimate_view_density', 'plot_view_directions', 'mirror_rotations', 'average_rotations',
+           'find_consensus_rotation', 'PoseAlignment', 'align_poses', 'plot_rotation_errors', 'convert_cryosparc_pose']
 
 # %% ../nbs/02_so3.ipynb #9705fe93
 import math
@@ -187,26 +187,39 @@ def get_view_direction(
     return rot[..., 2, :]
 
 # %% ../nbs/02_so3.ipynb #381311eb
+def estimate_view_density(
+    rot: Tensor,  # (N, 3, 3)
+    direction: Tensor,  # (..., 3) unit vectors, where the density is wanted
+    *,
+    concentration: float | None = None,  # kappa, 1 over the squared width of a view in radians; chosen from N where absent
+    n_bands: int = 45,  # cells in latitude, half of those in longitude
+) -> Tensor:  # (...) float64, 1 where views are uniform
+    "Return how densely directions are seen, relative to uniform."
+    view = get_view_direction(rot).detach().cpu().double()
+    kappa = concentration or min(max(len(view) / 40, 5.0), 200.0)
+    edges = [math.pi * torch.linspace(-0.5, 0.5, n_bands + 1).double(), math.pi * torch.linspace(-1, 1, 2 * n_bands + 1).double()]
+    counts = torch.histogramdd(torch.stack([view[:, 2].clamp(-1, 1).asin(), torch.atan2(view[:, 1], view[:, 0])], dim=-1), edges).hist
+    latitude, longitude = (part.flatten() for part in torch.meshgrid(*[(edge[1:] + edge[:-1]) / 2 for edge in edges], indexing="ij"))
+    area = latitude.cos() / latitude.cos().sum()
+    centre = torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()])
+    near = torch.exp(kappa * (direction.double() @ centre - 1))
+    return near @ (counts.flatten() / counts.sum()) / (near @ area)
+
+# %% ../nbs/02_so3.ipynb #ecb5116f
 def plot_view_directions(
     rot: Tensor,  # (N, 3, 3)
     *,
-    n_bands: int | None = None,  # bins in latitude (half of those in longitude); chosen from N where absent
     ax: "Axes | None" = None,  # with projection="mollweide"
 ) -> "Axes":
-    "Draw the density of view directions, relative to uniform, on a map of the sphere with cells of equal area."
+    "Draw the density of view directions, relative to uniform, on a map of the sphere that keeps areas."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(5, 2.6), subplot_kw={"projection": "mollweide"})[1]
     if ax.name != "mollweide":
         raise InputError(f'View directions need axes made with projection="mollweide"; found "{ax.name}".')
-    view = get_view_direction(rot).detach().cpu().double()
-    n_bands = n_bands or min(max(int(math.sqrt(len(view) / 40)), 6), 36)
-    place = torch.stack([view[:, 2], torch.atan2(view[:, 1], view[:, 0])], dim=-1)
-    edges = [torch.linspace(-1, 1, n_bands + 1).double(), torch.linspace(-math.pi, math.pi, 2 * n_bands + 1).double()]
-    counts = torch.histogramdd(place, edges).hist
-    relative = counts / counts.sum() * counts.numel()
-    longitude, latitude = torch.meshgrid(edges[1], torch.asin(edges[0]), indexing="xy")
-    shown = ax.pcolormesh(longitude, latitude, relative, cmap="viridis", vmin=0)
+    longitude, latitude = torch.meshgrid(torch.linspace(-math.pi, math.pi, 121).double(), torch.linspace(-math.pi / 2, math.pi / 2, 61).double(), indexing="xy")
+    direction = torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)
+    shown = ax.pcolormesh(longitude, latitude, estimate_view_density(rot, direction), cmap="viridis", vmin=0, shading="gouraud", rasterized=True)
     ax.set(xlabel="rot (degrees)", ylabel="90 - tilt (degrees)")
     ax.set_xticks([math.radians(x) for x in (-120, -60, 0, 60, 120)])
     ax.tick_params(labelsize=6)

@@ -1,12 +1,16 @@
 """`recon abinit`: what it writes for every kind of input, what it refuses, and how a training takes its poses."""
+import io
 import json
+import shlex
+import shutil
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from recon_nb import abinit
-from recon_nb.abinit import AbInitConfig, choose_radii, find_suspects, read_source, solve_by_search, solve_stack
+from recon_nb.abinit import AbInitConfig, Progress, choose_radii, describe_run, find_suspects, read_source, solve_by_search, solve_stack
 from recon_nb.amortised import PRESETS
 from recon_nb.assemblies import add_junk
 from recon_nb.cli import main
@@ -117,8 +121,39 @@ def test_training_takes_the_run_for_its_particles(recon, solved, tmp_path):
     assert status == 0, messages
     data = json.loads((tmp_path / 'train' / 'config.json').read_text())['data']
     assert data['poses'] == str(solved / 'poses.npz') and data['select'].endswith('some.json') and data['particles'].endswith('particles.star')
-    assert 'is not solved' in messages  # this quick search proves nothing, and a training on it says so
     assert 'poses' in json.loads((tmp_path / 'train' / 'inputs.json').read_text())['files']
+
+
+def test_training_on_a_run_that_is_not_solved_is_warned(caplog, solved, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(solved, run)
+    found = json.loads((run / 'diagnosis.json').read_text())
+    (run / 'diagnosis.json').write_text(json.dumps({**found, 'verdict': 'ambiguous', 'words': 'ambiguous: nobody agrees'}))
+    assert read_source(solved)['data.poses'] == str(solved / 'poses.npz') and 'is not solved' not in caplog.text
+    read_source(run)
+    assert f'{run} is not solved: ambiguous: nobody agrees' in caplog.text
+
+
+@pytest.mark.parametrize('words', [
+    ['analyze', 'RUN'], ['volumes', 'RUN', '--kmeans', '2', '-o', 'OUT'], ['landscape', 'RUN'], ['filter', 'RUN', '-o', 'OUT'], ['converge', 'RUN'], ['encode', 'RUN'],
+], ids=lambda words: words[0])
+def test_verbs_that_need_latents_say_what_the_run_is_for(recon, solved, tmp_path, words):
+    status, _, message = recon(*[{'RUN': solved, 'OUT': tmp_path / 'out'}.get(word, word) for word in words])
+    assert status == 2 and 'is an ab initio run' in message.splitlines()[-1] and f'recon train {solved} -o NAME' in message, message
+
+
+def test_star_file_of_a_run_is_read_from_anywhere(recon, solved, data, tmp_path, monkeypatch):
+    """The names of its images are the user's own, which lead to the stacks from the folder of his file, not from the run's."""
+    monkeypatch.chdir(tmp_path)
+    told = describe_run(solved)
+    assert json.loads((solved / 'abinit.json').read_text())['datadir'] == str(data) and f'started in {data}' in told
+    words = shlex.split(next(line for line in told.splitlines() if 'backproject' in line).partition('recon ')[2].replace('NAME', 'map'))
+    assert words[:4] == ['backproject', str(solved / 'particles.star'), '--datadir', str(data)] and words[-2:] == ['-o', 'map']
+    status, _, message = recon(*words)
+    assert status == 0, message
+    assert float(compute_fsc(read_volume(tmp_path / 'map' / 'map.mrc'), read_volume(solved / 'map.mrc')).fsc[1:6].min()) > 0.9
+    status, _, message = recon('backproject', solved / 'particles.star', '-o', 'other')
+    assert status == 2 and '--datadir' in message.splitlines()[-1]
 
 
 def test_poses_of_a_part_are_refused_for_the_whole(recon, data, solved):
@@ -196,7 +231,7 @@ def test_nan_is_refused(recon, data, tmp_path):
     (['--preset', 'quick'], '--method search has none'),
     (['--method', 'amortised', '--preset', 'quik'], 'quick'),
     (['--method', 'combined', '--local-refinement'], 'refines its poses anyway'),
-    (['--method', 'amortised', '--end-resolution', '1'], 'Fourier px'),
+    (['--method', 'amortised', '--end-resolution', '1'], 'to 1 Å; it goes from coarse (large) to fine (small), and images of 20 px of'),
     (['--poses', 'x.star'], '--poses'),
     (['--box', '400'], 'cannot be made of images of 20 px'),
 ])
@@ -271,6 +306,42 @@ def test_methods_with_a_network_leave_the_same_folder(recon, data, simulated, so
 def test_help_names_the_presets_of_the_network(recon):
     text = ''.join(recon('abinit', '--help')[1].split())  # argparse breaks lines at hyphens too
     assert all(name in text for name in PRESETS)
+
+
+def test_one_start_is_one_and_the_verdict_says_so(simulated):
+    """Its halves agree where it found the molecule; of noise they do not. Nothing else is known of one start, and the words say that."""
+    found = solve_stack(simulated.stack, AbInitConfig(starts=1))
+    assert (found.diagnosis.verdict, found.diagnosis.n_starts) == ('solved', 1), found.diagnosis.describe()
+    assert 'only one start was made' in found.diagnosis.describe() and 'best two' not in found.diagnosis.describe()
+    noise = abinit.replace(simulated.stack, images=torch.randn(300, 20, 20, generator=torch.Generator().manual_seed(0)))
+    nothing = solve_stack(noise, AbInitConfig(starts=1)).diagnosis
+    assert (nothing.verdict, nothing.n_starts) == ('failed', 1) and not nothing.agreement.holds, nothing.describe()
+
+
+@pytest.mark.parametrize('method', ['search', 'amortised', 'combined'])
+def test_every_bar_moves_forward_to_its_end(simulated, tmp_path, method):
+    (tmp_path / 'tiny.json').write_text(json.dumps({'epochs': 1.0, 'width': 16, 'n_blocks': 1}))
+    told = {}
+    config = AbInitConfig(method=method, preset=None if method == 'search' else str(tmp_path / 'tiny.json'), starts=1)
+    solve_stack(simulated.stack, config, report=lambda stage, share: told.setdefault(stage, []).append(share))
+    network, search = ['network 1, start 1', 'network 1, reading poses'], ['start 1', 'placing', 'judging', 'refining']
+    assert list(told) == {'search': search, 'amortised': [*network, 'judging'], 'combined': [*network, *search]}[method]
+    for stage, shares in told.items():
+        assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and shares[0] > 0, (stage, shares)
+    assert len(told.get('refining', [0] * 9)) >= 9  # every round of the halves tells too
+
+
+def test_bars_show_the_time_left_and_keep_the_time_spent(monkeypatch):
+    screen, real = io.StringIO(), abinit.tqdm
+    monkeypatch.setattr(abinit, 'tqdm', lambda **options: real(**{**options, 'file': screen, 'disable': False, 'mininterval': 0, 'ncols': 80}))
+    progress = Progress()
+    for stage, share in (('placing', 0.5), ('placing', 1.0), ('refining', 1.0)):
+        time.sleep(0.01)
+        progress(stage, share)
+    progress.close()
+    drawn = screen.getvalue().split('\r')
+    assert any(line.startswith('placing:  50 %') and '00:00 < 00:00' in line for line in drawn) and any(line.startswith('refining: 100 %') for line in drawn)
+    assert list(progress.seconds) == ['placing', 'refining'] and progress.seconds['placing'] >= 0.01
 
 
 def test_resolutions_become_radii_of_the_searched_box(simulated):

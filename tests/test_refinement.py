@@ -96,7 +96,7 @@ def test_finishing_tells_how_far_it_is(noisy):
     told = []
     poses, score, full, halves = finish_solution(images, start, radius=6.0, report=lambda stage, share: told.append((stage, share)))
     shares = [share for _, share in told]
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(0.5) and {stage for stage, _ in told} == {'refining'}
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and len(shares) >= 9 and {stage for stage, _ in told} == {'refining'}
     assert score.shape == (400,) and full.box == halves[0].box == 20 and bool(torch.isfinite(poses.rot).all())
 
 

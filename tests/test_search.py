@@ -116,7 +116,7 @@ def test_a_start_may_be_given(simulated):
     start = solve_poses(simulated.stack, initial=begin, report=lambda *line: told.append(line), **QUICK)
     assert align_poses(start.poses.rot, simulated.poses.rot).median < 8
     names = list(dict.fromkeys(name for name, _ in told))
-    assert names[:2] == ['start 1', 'start 2'] and names[-2:] == ['placing', 'refining']
+    assert names[:2] == ['start 1', 'start 2'] and names[-3:] == ['placing', 'judging', 'refining']
     for name in names:
         shares = [share for told_of, share in told if told_of == name]
         assert shares == sorted(shares) and shares[-1] == 1
