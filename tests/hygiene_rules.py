@@ -19,8 +19,8 @@ LAYERS = [
     [['files'], ['datasets'], ['simulate']],
     [['networks'], ['encoders', 'decoders', 'losses'], ['models']],
     [['ppca']],
-    [['runs'], ['training'], ['search'], ['refinement'], ['diagnosis'], ['solver'], ['candidates'], ['amortised'], ['stages'], ['subspace']],
-    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram', 'abinit'], ['confirm', 'agreement', 'clouds', 'surfaces'], ['explore']],
+    [['runs'], ['training'], ['search'], ['refinement'], ['diagnosis'], ['solver'], ['candidates'], ['amortised'], ['stages'], ['subspace'], ['readings']],
+    [['latent'], ['convergence', 'selection', 'occupancy', 'tomogram', 'abinit'], ['confirm', 'agreement', 'clouds', 'surfaces'], ['explore'], ['doctor']],
     [['cli']],
 ]
 
