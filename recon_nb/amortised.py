@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'map_kinds', 'AmortisedConfig', 'make_amortised_config', 'find_ends', 'plan_radius', 'plan_keep',
-           'plan_disturbance', 'ClosedMap', 'GradientMap', 'VoxelMap', 'disturb_poses', 'choose_kept',
+           'plan_disturbance', 'ClosedMap', 'GradientMap', 'VoxelMap', 'disturb_poses', 'rank_images', 'choose_kept',
            'follow_gradient', 'AmortisedStep', 'PoseLearner', 'place_all', 'learn_poses', 'read_poses',
            'AmortisedSolution', 'train_start', 'solve_amortised']
 
@@ -265,6 +265,17 @@ def disturb_poses(
     "Turn poses by small random rotations."
     return Poses(rotvec_to_matrix(math.radians(degrees) * noise.to(poses.rot)) @ poses.rot, poses.shift)
 
+# %% ../nbs/42f_amortised.ipynb #0587fcad
+def rank_images(
+    errors: Tensor,  # (n,) squared errors over the power of the CTF
+    *,
+    transfer: Tensor,  # (n, m) whitened
+    images: Tensor,  # (n, m) complex, whitened
+    rule: Literal["error", "gain"],  # what is left of an image, or how much less that is than of the whole image
+) -> Tensor:  # (n,) small for what explains most
+    "Return numbers by which images of a batch are ranked."
+    return errors if rule == "error" else errors - images.abs().square().sum(1) / transfer.square().sum(1).clamp(min=1e-12)
+
 # %% ../nbs/42f_amortised.ipynb #ae9b0576
 def choose_kept(
     rank: Tensor,  # (n,) of this process's part of a batch, small for what is to be kept
@@ -373,8 +384,7 @@ class PoseLearner:
         turns = make_turns(config.turns, mirror=config.mirror, generator=self.generator).to(images.device)
         shown, (k, given) = self.show(rows), images.read(rows, radius)
         winner, errors, _ = self.find_winners(shown, turns, k, given)
-        rank = errors if config.rank_by == "error" else errors - given["images"].abs().square().sum(1) / given["transfer"].square().sum(1).clamp(min=1e-12)
-        kept, weight = choose_kept(rank, plan_keep(config, progress))
+        kept, weight = choose_kept(rank_images(errors, rule=config.rank_by, **given), plan_keep(config, progress))
         given = {name: value[kept] for name, value in given.items()}
         power = given["transfer"].square().sum(1).clamp(min=1e-12)
         poses = ask_winner(self.ask, shown[kept], turns, winner=winner[kept], n_heads=config.n_heads)

@@ -64,19 +64,15 @@ def _run_threads(function: Callable, tasks: list[tuple]) -> list:
     with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(lambda task: function(*task), tasks))
 
-# %% ../nbs/12a_kernels.ipynb #f827cfa5
-_BRICK = 4  # edge in voxels; a brick of 9-component moments with its border takes 32 kB, a first-level cache
-_MAX_SAMPLES = 2**22  # samples sorted at once: 230 MB
-
-# %% ../nbs/12a_kernels.ipynb #ad22b51b
-def _locate(k, rot, radius, voxel, offset, brick, count):
-    "Fill voxel (n, m), offset (n, m, 4) = x, y, z, sign, and brick (n, m); count samples by brick."
-    width, bricks_x, bricks_y = 2 * radius + 1, radius // _BRICK + 1, 2 * radius // _BRICK + 1
+# %% ../nbs/12a_kernels.ipynb #e062cea8
+def _place(k, rot, pad, radius, voxel, offset):
+    "Fill voxel (n, m), the lowest corner of each sample, and offset (n, m, 4) = x, y, z, sign."
+    width = 2 * radius + 1
     for i in range(rot.shape[0]):
         for j in range(k.shape[0]):
-            qx = k[j, 0] * rot[i, 0, 0] + k[j, 1] * rot[i, 1, 0]
-            qy = k[j, 0] * rot[i, 0, 1] + k[j, 1] * rot[i, 1, 1]
-            qz = k[j, 0] * rot[i, 0, 2] + k[j, 1] * rot[i, 1, 2]
+            qx = pad * (k[j, 0] * rot[i, 0, 0] + k[j, 1] * rot[i, 1, 0])
+            qy = pad * (k[j, 0] * rot[i, 0, 1] + k[j, 1] * rot[i, 1, 1])
+            qz = pad * (k[j, 0] * rot[i, 0, 2] + k[j, 1] * rot[i, 1, 2])
             sign = np.float32(-1.0) if qx < 0 else np.float32(1.0)
             qx, qy, qz = sign * qx, sign * qy, sign * qz
             x = max(min(int(qx), radius - 1), 0)
@@ -86,8 +82,28 @@ def _locate(k, rot, radius, voxel, offset, brick, count):
             offset[i, j, 1] = qy - np.float32(y)
             offset[i, j, 2] = qz - np.float32(z)
             offset[i, j, 3] = sign
-            y, z = y + radius, z + radius
-            voxel[i, j] = (z * width + y) * (radius + 1) + x
+            voxel[i, j] = ((z + radius) * width + y + radius) * (radius + 1) + x
+
+# %% ../nbs/12a_kernels.ipynb #fdc64a35
+def _place_images(k: np.ndarray, rot: np.ndarray, pad: int, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    "Return voxel (n, m) and offset (n, m, 4)."
+    voxel, offset = np.empty((len(rot), len(k)), np.int32), np.empty((len(rot), len(k), 4), np.float32)
+    _compile(_place)(k, rot, np.float32(pad), radius, voxel, offset)
+    return voxel, offset
+
+# %% ../nbs/12a_kernels.ipynb #f827cfa5
+_BRICK = 4  # edge in voxels; a brick of 9-component moments with its border takes 32 kB, a first-level cache
+_MAX_SAMPLES = 2**22  # samples sorted at once: 230 MB
+
+# %% ../nbs/12a_kernels.ipynb #ad22b51b
+def _count_bricks(voxel, radius, brick, count):
+    "Fill brick (n, m) from voxel (n, m); count samples by brick."
+    width, bricks_x, bricks_y = 2 * radius + 1, radius // _BRICK + 1, 2 * radius // _BRICK + 1
+    for i in range(voxel.shape[0]):
+        for j in range(voxel.shape[1]):
+            line = voxel[i, j] // (radius + 1)
+            z = line // width
+            x, y = voxel[i, j] - line * (radius + 1), line - z * width
             b = ((z // _BRICK) * bricks_y + y // _BRICK) * bricks_x + x // _BRICK
             brick[i, j] = b
             count[b] += 1
@@ -95,10 +111,9 @@ def _locate(k, rot, radius, voxel, offset, brick, count):
 # %% ../nbs/12a_kernels.ipynb #966064e5
 def _locate_images(k: np.ndarray, rot: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "Return voxel (n, m), offset (n, m, 4), brick (n, m) and the number of samples in each brick."
-    shape = (len(rot), len(k))
-    voxel, brick, offset = np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty((*shape, 4), np.float32)
-    count = np.zeros((radius // _BRICK + 1) * (2 * radius // _BRICK + 1) ** 2, np.int64)
-    _compile(_locate)(k, rot, radius, voxel, offset, brick, count)
+    voxel, offset = _place_images(k, rot, 1, radius)
+    brick, count = np.empty_like(voxel), np.zeros((radius // _BRICK + 1) * (2 * radius // _BRICK + 1) ** 2, np.int64)
+    _compile(_count_bricks)(voxel, radius, brick, count)
     return voxel, offset, brick, count
 
 # %% ../nbs/12a_kernels.ipynb #dac0a7c0

@@ -15,34 +15,7 @@ from torch import Tensor
 from .core import InputError
 from .fourier import compute_phase_ramp
 from .imaging import compute_slice_coords, extract_slices, insert_slices, list_corners
-from .kernels import _compile, _may_compile, _run_threads, _to_arrays
-
-# %% ../nbs/12b_posekernels.ipynb #9a6948a4
-def _place(k, rot, pad, radius, voxel, offset):
-    "Fill voxel (n, m), the lowest corner of each sample, and offset (n, m, 4) = x, y, z, sign."
-    width = 2 * radius + 1
-    for i in range(rot.shape[0]):
-        for j in range(k.shape[0]):
-            qx = pad * (k[j, 0] * rot[i, 0, 0] + k[j, 1] * rot[i, 1, 0])
-            qy = pad * (k[j, 0] * rot[i, 0, 1] + k[j, 1] * rot[i, 1, 1])
-            qz = pad * (k[j, 0] * rot[i, 0, 2] + k[j, 1] * rot[i, 1, 2])
-            sign = np.float32(-1.0) if qx < 0 else np.float32(1.0)
-            qx, qy, qz = sign * qx, sign * qy, sign * qz
-            x = max(min(int(qx), radius - 1), 0)
-            y = max(min(int(math.floor(qy)), radius - 1), -radius)
-            z = max(min(int(math.floor(qz)), radius - 1), -radius)
-            offset[i, j, 0] = qx - np.float32(x)
-            offset[i, j, 1] = qy - np.float32(y)
-            offset[i, j, 2] = qz - np.float32(z)
-            offset[i, j, 3] = sign
-            voxel[i, j] = ((z + radius) * width + y + radius) * (radius + 1) + x
-
-# %% ../nbs/12b_posekernels.ipynb #247eec57
-def _place_images(k: np.ndarray, rot: np.ndarray, pad: int, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    "Return voxel (n, m) and offset (n, m, 4)."
-    voxel, offset = np.empty((len(rot), len(k)), np.int32), np.empty((len(rot), len(k), 4), np.float32)
-    _compile(_place)(k, rot, np.float32(pad), radius, voxel, offset)
-    return voxel, offset
+from .kernels import _compile, _may_compile, _place_images, _run_threads, _to_arrays
 
 # %% ../nbs/12b_posekernels.ipynb #1cb30949
 def _check_grid(grid: Tensor, k: Tensor, pad: int) -> int:

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from recon_nb.amortised import (PRESETS, AmortisedConfig, PoseLearner, disturb_poses, learn_poses, make_amortised_config, map_kinds,
-                                plan_keep, plan_radius, read_poses, solve_amortised)
+from recon_nb.amortised import (PRESETS, AmortisedConfig, PoseLearner, choose_kept, disturb_poses, learn_poses, make_amortised_config, map_kinds,
+                                plan_keep, plan_radius, rank_images, read_poses, solve_amortised)
 from recon_nb.candidates import ask_winner, compute_errors, list_candidates, make_turns, turn_back, turn_images, turn_kinds
 from recon_nb.core import ConfigError, Poses, make_generator
 from recon_nb.datasets import ParticleDataset
-from recon_nb.fourier import compute_phase_ramp
+from recon_nb.fourier import Lattice, compute_phase_ramp
+from recon_nb.imaging import volume_to_grid
+from recon_nb.posekernels import read_slices
 from recon_nb.search import WhitenedImages
 from recon_nb.simulate import make_phantom, simulate_stack
 from recon_nb.so3 import rotation_distance, sample_rotations
@@ -47,6 +49,37 @@ def test_right_angles_and_mirrors_are_exact(box):
     assert torch.allclose(mirrored, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize('box', [20, 28])
+def test_a_turned_image_is_the_view_at_the_turned_pose(box):
+    """Turned by right angles and mirrored, the image at pose R and shift t is that at Q R and Q t: an image mirrored in x is the view diag(-1, 1, -1) R, and t_x changes its sign."""
+    phantom, lattice, turns = make_phantom('ribosome', box)[2], Lattice(box), make_turns('four')
+    grid = volume_to_grid(phantom.data, 2)
+    draw = lambda rot, shift: lattice.scatter(read_slices(grid, lattice.k, rot) * compute_phase_ramp(lattice.k.float(), -shift))
+    rot, shift = sample_rotations(1, make_generator(0, 'pose')), torch.tensor([[0.06, -0.1]])
+    turned = turn_images(draw(rot, shift)[None].expand(8, -1, -1, -1), turns)[:, 0]
+    likeness = lambda shifts: torch.nn.functional.cosine_similarity(turned.flatten(1), draw(turns @ rot, shifts).flatten(1))
+    assert float(likeness((turns[:, :2, :2] @ shift[0, :, None])[..., 0]).min()) > 0.995 and float(likeness(shift.expand(8, 2))[1:].max()) < 0.99
+    assert torch.equal(turns[4], torch.diag(torch.tensor([-1.0, 1.0, -1.0])))
+
+
+def test_what_is_explained_ranks_before_what_is_not():
+    """By gain a bright image that is explained comes before a faint one, and both before images of which nothing is explained, which are all alike."""
+    transfer, images = torch.ones(4, 30), torch.randn(1, 30, dtype=torch.complex64, generator=make_generator(0, 'bright')) * torch.tensor([3.0, 1.0, 1.0, 3.0])[:, None]
+    power = images.abs().square().sum(1) / 30
+    left = power * torch.tensor([0.2, 0.2, 1.0, 1.0])  # the last two are not explained at all
+    rank = rank_images(left, transfer=transfer, images=images, rule='gain')
+    assert rank.argsort()[:2].tolist() == [0, 1] and torch.allclose(rank[2:], torch.zeros(2), atol=1e-5)
+    assert torch.equal(rank_images(left, transfer=transfer, images=images, rule='error'), left)
+
+
+@pytest.mark.parametrize('share', [0.3, 0.7, 1.0])
+def test_those_of_least_error_teach(share):
+    rank = torch.randn(40, generator=make_generator(0, 'rank'))
+    kept, weight = choose_kept(rank, share)
+    taught = kept[weight > 0]
+    assert len(taught) == round(40 * share) and (share == 1 or float(rank[taught].max()) < float(rank[[i for i in range(40) if i not in taught]].min()))
+
+
 def test_errors_by_hand(images):
     k, given = images.read(torch.arange(4), 5.0)
     slices = torch.randn(4, 3, len(k), dtype=torch.complex64, generator=make_generator(0, 'slices'))
@@ -81,7 +114,7 @@ def test_settings_are_checked():
         AmortisedConfig(decoder='clay')
     with pytest.raises(ConfigError, match='Unknown preset'):
         make_amortised_config('nothing')
-    with pytest.raises(ConfigError, match='would grow'):
+    with pytest.raises(ConfigError, match='it goes from coarse'):
         plan_radius(AmortisedConfig(end_resolution=1.0), 0.0, box=32, pixel_size=4.0)
     assert all(isinstance(make_amortised_config(name), AmortisedConfig) for name in PRESETS)
     steps = dataclasses.replace(AmortisedConfig(), n_radii=3)

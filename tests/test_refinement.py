@@ -6,10 +6,11 @@ import pytest
 import torch
 from recon_nb.core import InputError, Poses, make_generator
 from recon_nb.datasets import ParticleDataset
-from recon_nb.refinement import build_map, build_reference, find_support, finish_solution, measure_residual, plan_refinement, refine_groups, refine_poses, refine_together
+from recon_nb.refinement import (bring_to_frame, build_map, build_reference, find_support, finish_solution, measure_residual, plan_refinement, refine_groups,
+                                 refine_halves, refine_poses, refine_together)
 from recon_nb.search import WhitenedImages
 from recon_nb.simulate import make_phantom, perturb_poses, simulate_stack
-from recon_nb.so3 import align_poses, rotation_distance
+from recon_nb.so3 import align_poses, mirror_rotations, rotation_distance, sample_rotations
 
 
 @pytest.fixture(scope='module')
@@ -67,6 +68,43 @@ def test_perturbed_poses_come_back(noisy):
     assert align_poses(found.rot, simulated.poses.rot).median < 0.6 * align_poses(start.rot, simulated.poses.rot).median
     with pytest.raises(InputError, match='one radius'):
         refine_together(images, torch.arange(400), start, radii=[])
+
+
+def test_shifts_come_back_too_and_in_their_own_direction(noisy):
+    """In the map of true poses, which fixes frame and origin, shifts and rotations return to the truth itself."""
+    simulated, images, start = noisy
+    truth = Poses(simulated.poses.rot, simulated.poses.shift / (20 * simulated.stack.pixel_size))
+    rows, grid = torch.arange(400), build_map(images, torch.arange(400), truth, 9.0).make_grid()
+    found, _ = refine_poses(images, rows, start, grid=grid, radius=9.0, n_steps=6)
+    off = lambda poses: (float((poses.shift - truth.shift).norm(dim=1).median()), float(rotation_distance(poses.rot, truth.rot).median()))
+    assert off(found)[0] < 0.35 * off(start)[0] and off(found)[1] < 0.6 * off(start)[1], (off(start), off(found))
+
+
+def test_a_frame_is_a_rotation_a_hand_and_a_displacement(noisy):
+    """A map displaced by d moves the image at pose R by the first two numbers of R d; all of it is found and undone."""
+    simulated, _, _ = noisy
+    truth = Poses(simulated.poses.rot, simulated.poses.shift / (20 * simulated.stack.pixel_size))
+    turn, displacement = sample_rotations(1, make_generator(0, 'frame'))[0], torch.tensor([0.02, -0.03, 0.05])
+    moved = Poses(mirror_rotations(truth.rot @ turn), truth.shift + truth.rot[:, :2] @ displacement)
+    back, found = bring_to_frame(moved, truth)
+    assert found.mirrored and float(rotation_distance(back.rot, truth.rot).max()) < 0.05 and torch.allclose(back.shift, truth.shift, atol=1e-4)
+
+
+def test_halves_are_of_even_and_of_odd_images(noisy):
+    """What happens to odd images changes the second half-map alone."""
+    simulated, images, start = noisy
+    rot = start.rot.clone()
+    rot[1::2] = sample_rotations(200, make_generator(1, 'odd'))
+    options = {'radii': [6.0], 'shift_sigma': 0.04}
+    one, other = (refine_halves(images, poses, start, **options) for poses in (start, Poses(rot, start.shift)))
+    assert torch.equal(one[0].data, other[0].data) and not torch.allclose(one[1].data, other[1].data, rtol=0.1)
+
+
+def test_scores_are_gains_over_an_empty_image(noisy):
+    """Images of something score above zero, images of noise alone hardly."""
+    simulated, images, start = noisy
+    score = finish_solution(images, start, radius=6.0)[1]
+    assert float(score.median()) > 10 and float((score > 0).float().mean()) > 0.99
 
 
 def test_noise_is_measured_in_the_units_of_the_images(noisy):

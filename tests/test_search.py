@@ -1,16 +1,18 @@
 """The search for poses: compiled kernels against torch, scores against their definition, the same answer twice, and noise that stays noise."""
 import pytest
 import torch
+from recon_nb import solver
 from recon_nb.core import ConfigError, CTFParams, InputError, Poses, make_generator
 from recon_nb.datasets import ParticleDataset
 from recon_nb.diagnosis import Agreement, Diagnosis, Gain, compare_poses
 from recon_nb.fourier import Lattice, compute_phase_ramp
 from recon_nb.imaging import volume_to_grid
 from recon_nb.posekernels import add_images, collect_normal, read_slices
+from recon_nb.refinement import bring_to_frame, build_map
 from recon_nb.search import RunningMap, WhitenedImages, draw_batches, find_poses, is_rising, list_shifts, measure_signal, pick_best, plan_search
 from recon_nb.simulate import make_phantom, simulate_stack
 from recon_nb.so3 import align_poses, mirror_rotations, rotvec_to_matrix, sample_rotations
-from recon_nb.solver import solve_poses
+from recon_nb.solver import Start, find_agreeing, solve_poses
 
 QUICK = {'batch_size': 100, 'n_batches': 20, 'n_hold': 4, 'radius': 6.0, 'step': 25.0, 'final_step': 20.0, 'n_candidates': 2}
 
@@ -57,6 +59,30 @@ def test_scores_are_log_likelihoods(simulated):
     assert torch.allclose(score[:, 0], best, rtol=0.02, atol=0.02 * float(best.abs().max()))  # bf16
 
 
+def test_the_true_pose_wins(simulated):
+    """Among the true pose, its transpose, its mirror image and many others, and the true shift, its opposite and others, the truth scores best."""
+    images, width = WhitenedImages(ParticleDataset(simulated.stack, window_radius=1.5)), 20 * simulated.stack.pixel_size
+    truth = Poses(simulated.poses.rot, simulated.poses.shift / width)
+    grid, generator = build_map(images, torch.arange(400), truth, 8.0).make_grid(), make_generator(0, 'others')
+    right = 0
+    for i in range(20):
+        rotations = torch.cat([truth.rot[i][None], truth.rot[i].mT[None], mirror_rotations(truth.rot[i])[None], sample_rotations(200, generator)])
+        shifts = torch.cat([truth.shift[i][None], -truth.shift[i][None], truth.shift[i].flip(0)[None], 0.1 * torch.randn(10, 2, generator=generator)])
+        found, _ = find_poses(images, torch.tensor([i]), grid, rotations, radius=8.0, shifts=shifts, shift_sigma=1.0)
+        right += torch.equal(found.rot[0, 0], truth.rot[i]) and torch.equal(found.shift[0, 0], truth.shift[i])
+    assert right >= 19
+
+
+def test_the_start_that_explains_most_is_kept_of_those_that_agree(simulated):
+    """One of three starts explains most and stands alone; of the two that agree the better is kept."""
+    images, width = WhitenedImages(ParticleDataset(simulated.stack, window_radius=1.5)), 20 * simulated.stack.pixel_size
+    true, chance = Poses(simulated.poses.rot, simulated.poses.shift / width), Poses(sample_rotations(400, make_generator(0, 'chance')), simulated.poses.shift / width)
+    starts = [Start(None, [share], poses) for share, poses in ((0.5, true), (0.9, chance), (0.6, true))]
+    best, agreement = find_agreeing(images, torch.arange(400), starts, 7.0)
+    assert best == 2 and agreement.holds and agreement.same > 0.99
+    assert find_agreeing(images, torch.arange(400), starts[:2], 7.0)[0] == 1
+
+
 def test_best_of_scores_by_hand():
     scores = torch.randn(5, 3, 40, generator=make_generator(0, 'scores'))
     one, many = pick_best(scores, 1), pick_best(scores, 4)
@@ -96,8 +122,9 @@ def test_poses_are_found_again_and_the_same_twice(simulated):
     one, two = (solve_poses(simulated.stack, seed=1, **QUICK) for _ in range(2))
     assert torch.equal(one.poses.rot, two.poses.rot) and torch.equal(one.map.data, two.map.data)
     assert one.map.box == 20 and one.score.shape == (400,)
-    if one.diagnosis.verdict == 'solved':
-        assert align_poses(one.poses.rot, simulated.poses.rot).median < 8
+    assert one.diagnosis.verdict == 'solved', one.diagnosis.describe()
+    moved, aligned = bring_to_frame(one.poses, simulated.poses)  # shifts in Å, of 15 Å along x and y
+    assert aligned.median < 8 and float((moved.shift - simulated.poses.shift).norm(dim=1).median()) < 4
 
 
 @pytest.mark.parametrize('mirrored', [(0.0, 0.0, True), (0.2, 0.2, False), (0.4, 0.4, False), (0.0, 0.4, False)])
@@ -122,6 +149,14 @@ def test_a_start_may_be_given(simulated):
         assert shares == sorted(shares) and shares[-1] == 1
     with pytest.raises(InputError, match='399 initial poses for 400 images'):
         solve_poses(simulated.stack, initial=begin[:399])
+
+
+def test_a_given_start_is_taken_in_fractions_of_the_box(simulated, monkeypatch):
+    taken = []
+    monkeypatch.setattr(solver, 'make_starts', lambda *words, initial, **options: taken.append(initial) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        solve_poses(simulated.stack, initial=simulated.poses)
+    assert torch.allclose(taken[0].shift * 20 * simulated.stack.pixel_size, simulated.poses.shift, atol=1e-4) and torch.equal(taken[0].rot, simulated.poses.rot)
 
 
 def test_noise_fails_quickly(simulated):
