@@ -339,7 +339,7 @@ def plot_scores(
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(4.5, 2.8), layout="constrained")[1]
-    bins = np.linspace(*np.percentile(score, [0.1, 99.9]), 60)
+    bins = np.linspace(*np.percentile(score, [0.1, 99.9]), int(np.clip(1.5 * len(score) ** 0.5, 12, 60)))
     clipped = np.clip(score, bins[0], bins[-1])
     ax.hist([clipped[~suspect], clipped[suspect]], bins=bins, stacked=True, color=[okabe_ito[0], okabe_ito[1]], label=["kept", f"{int(suspect.sum())} suspects"])
     ax.set(xlabel="score (nats over an empty image)", ylabel="images")
@@ -361,7 +361,7 @@ def plot_agreement(
     ax.barh(names, [agreement.correlation, agreement.same, agreement.other], color=[okabe_ito[0], okabe_ito[2], okabe_ito[1]])
     ax.plot([0.8, 0.8], [-0.45, 0.45], color="k", lw=1.2, label="a solution has more than this")
     ax.plot([agreement.same / 4] * 2, [1.55, 2.45], color="k", lw=1.2, ls=":", label="a solution has less than this")
-    ax.set(xlim=(0, 1), xlabel="mean FSC of the maps; share of the images within 15 degrees")
+    ax.set(xlim=(0, 1), xlabel="mean FSC; share of images within 15 degrees")
     ax.invert_yaxis()
     ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     return ax
