@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['reading', 'option_sets', 'synonyms', 'path_settings', 'verbs', 'Option', 'read_options', 'read_module_options',
            'OptionSet', 'UsageError', 'parse_switch', 'parse_amount', 'format_help', 'choose_conversion', 'add_option',
-           'Parser', 'build_parser', 'list_facts', 'inspect_particles', 'format_json', 'downsample_stack',
-           'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles', 'print_resolution',
-           'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'solve_particles', 'fit_particles',
-           'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z', 'analyze_epoch',
-           'traverse_latents', 'explore_latents', 'show_particles', 'place_particles', 'converge_run',
+           'Parser', 'build_parser', 'examine_setup', 'list_facts', 'inspect_particles', 'format_json',
+           'downsample_stack', 'read_states', 'simulate_particles', 'read_defocus_pool', 'backproject_particles',
+           'print_resolution', 'compare_maps', 'mask_map', 'settle_settings', 'choose_start', 'solve_particles',
+           'fit_particles', 'train_model', 'finish_training', 'encode_particles', 'write_volumes', 'write_z',
+           'analyze_epoch', 'traverse_latents', 'explore_latents', 'show_particles', 'place_particles', 'converge_run',
            'filter_particles', 'export_particles', 'map_volumes', 'measure_subunits', 'confirm_state',
            'compare_classes', 'compare_replicates', 'show_demo', 'list_verbs', 'describe_error', 'HeldMessages',
            'release_messages', 'show_messages', 'run_verb', 'main']
@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import getsource
+from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -262,6 +263,37 @@ def build_parser(
     other.add_argument("--debug", action="store_true", help="show all messages, and the traceback of an error")
     return parser
 
+# %% ../nbs/90_cli.ipynb #c4a1e5bd
+def examine_setup(
+    particles: str | None = None,  # particle file to examine as well
+    *,
+    mask: str | None = None,  # .mrc that will be used with it: is it on the same grid?
+    n_images: int = 1000,  # images whose poses and CTF are tried
+    device: str = "auto",  # auto, cpu, cuda, ...
+    json: bool = False,  # print one JSON list of findings and nothing else
+    **data,
+) -> None:
+    """Examine this installation, and a data set: what is wrong, and what to do about it.
+
+    The images are asked, too: a map of half of --n-images predicts the others better with the poses, the shifts, the pixel size
+    and the CTF of the file than with those of the usual mistakes, or it does not. Exit status 2 where something must be fixed.
+    """
+    from recon_nb.core import InputError
+    from recon_nb.doctor import examine_installation, examine_particles, format_findings
+
+    if particles is None and (data or mask):
+        raise UsageError("PARTICLES is missing; --mask and the options of reading belong to a particle file.")
+    found = []
+    for finding in chain(examine_installation(), () if particles is None else examine_particles(particles, mask=mask, n_images=n_images, device=device, **data)):
+        found.append(finding)
+        if not json:
+            print(format_findings([finding]), flush=True)
+    if json:
+        print(format_json([vars(finding) for finding in found]))
+    problems = [finding.subject for finding in found if finding.level == "problem"]
+    if problems:
+        raise InputError(f"{len(problems)} problem{'s' * (len(problems) > 1)} to fix: {', '.join(dict.fromkeys(problems))}; each is told above, with what to do.")
+
 # %% ../nbs/90_cli.ipynb #5c17ea42
 def list_facts(
     stack: "ParticleStack",
@@ -300,7 +332,7 @@ def inspect_particles(
 
 # %% ../nbs/90_cli.ipynb #8ae66ea8
 def format_json(
-    content: Mapping[str, Any],  # plain values
+    content: Mapping[str, Any] | Sequence[Mapping[str, Any]],  # plain values
 ) -> str:
     "Return strict JSON."
     return json.dumps(content, indent=1, allow_nan=False)
@@ -958,6 +990,7 @@ def show_demo(
 
 # %% ../nbs/90_cli.ipynb #e99fbca2
 verbs: dict[str, Callable] = {
+    "doctor": examine_setup,
     "inspect": inspect_particles,
     "downsample": downsample_stack,
     "simulate": simulate_particles,
@@ -1041,7 +1074,7 @@ def show_messages(
             warnings.simplefilter("ignore")
         try:
             yield
-            if verb != "inspect":  # which prints them as its result
+            if verb not in ("doctor", "inspect"):  # which print them as their result
                 handler.flush()
         finally:
             logger.removeHandler(handler)
@@ -1087,6 +1120,9 @@ def main(
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stdout = open(os.devnull, "w")  # what is left of the output goes nowhere, and Python does not complain at its end
+        return 141
     except Exception as error:
         status, text = describe_error(error)
         if debug:

@@ -82,10 +82,10 @@ def test_help_of_every_verb_loads_no_torch():
 
 
 def test_verbs_of_the_contract():
-    assert list(verbs) == ['inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'abinit', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'explore', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
+    assert list(verbs) == ['doctor', 'inspect', 'downsample', 'simulate', 'backproject', 'fsc', 'mask', 'abinit', 'subspace', 'train', 'encode', 'volumes', 'analyze', 'traverse', 'explore', 'context', 'place', 'converge', 'filter', 'export', 'landscape', 'occupancy', 'confirm', 'agree', 'replicate', 'demo']
 
 
-@pytest.mark.parametrize('verb', ['inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
+@pytest.mark.parametrize('verb', ['doctor', 'inspect', 'downsample', 'backproject', 'subspace', 'train', 'encode'])
 def test_verbs_that_take_particles_say_how_to_read_them(verb):
     text = build_parser(verb, verbs[verb]).format_help()
     for option in ('--datadir', '--pixel-size', '--box', '--invert-contrast', '--select', '--poses', '--ctf', '--passthrough'):
