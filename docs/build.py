@@ -99,7 +99,7 @@ def assemble(paths, records, work):
     pages = [process_notebook(path, records.get(path), names) for path in paths if path.stem != 'index']
     prose = read_prose(names)
     files = write_pages(pages) | prose | write_commands(read_uses(paths, prose), names)
-    files |= {'tutorials/index.md': write_tutorials(pages, work / '_extra' / '_images_cards'), 'modules.md': write_modules(pages), 'measured.md': write_measured(pages)}
+    files |= {'tutorials/index.md': write_tutorials(pages, work / '_extra' / '_images_cards'), 'modules/index.md': write_modules(pages), 'measured.md': write_measured(pages, work / '_extra' / '_images_cards')}
     for old in [*source.rglob('*.md'), *source.rglob('*.ipynb')]:
         if str(old.relative_to(source)) not in files:
             old.unlink()

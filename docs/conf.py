@@ -10,7 +10,7 @@ here = Path(__file__).resolve().parent
 work = Path(os.environ.get('RECON_NB_SITE_WORK', here))
 sys.path.insert(0, str(here))
 
-from steps.symbols import link_listing, list_symbols  # noqa: E402
+from steps.symbols import link_listing, list_symbols, name_module_page  # noqa: E402
 
 settings = ConfigParser(delimiters=['='])
 settings.read(here.parent / 'settings.ini', encoding='utf-8')
@@ -27,8 +27,6 @@ nb_execution_mode = 'off'
 nb_output_stderr = 'remove'
 nb_merge_streams = True
 nb_number_source_lines = False
-nb_code_prompt_show = 'Show the imports'
-nb_code_prompt_hide = 'Hide the imports'
 scripts = work / '_static'
 nb_ipywidgets_js = {'widgets/setup.js': {}, 'widgets/require.js': {}, 'widgets/embed-amd.js': {}} if (scripts / 'widgets/require.js').exists() else {}
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'attrs_inline', 'attrs_block', 'html_image']
@@ -37,6 +35,7 @@ myst_dmath_double_inline = True
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'config.cache']
 highlight_language = 'text'
 add_module_names = False
+python_use_unqualified_type_names = True
 toc_object_entries_show_parents = 'hide'
 
 mathjax_path = 'mathjax/tex-chtml.js'
@@ -78,9 +77,9 @@ html_context = {'default_mode': 'auto'}
 def resolve_type(app, env, node, contnode):
     """Link a class of the package in a signature to its page, whatever module it was imported into."""
     symbol = list_symbols().get(node.get('reftarget', ''))
-    if node.get('refdomain') != 'py' or symbol is None or symbol.module not in env.found_docs:
+    if node.get('refdomain') != 'py' or symbol is None or name_module_page(symbol.module) not in env.found_docs:
         return None
-    address = f'{app.builder.get_relative_uri(node["refdoc"], symbol.module)}#{symbol.anchor}'
+    address = f'{app.builder.get_relative_uri(node["refdoc"], name_module_page(symbol.module))}#{symbol.anchor}'
     reference = nodes.reference('', '', internal=True, refuri=address)
     reference.append(contnode)
     return reference

@@ -157,13 +157,32 @@ def test_a_definition_says_shapes_defaults_and_links():
     "Turn `Poses`."
     return poses
 """
-    entry = describe_cell(cell, 'so3', 'so3', {'core', 'fourier', 'so3'})
+    entry = describe_cell(cell, 'so3', 'modules/so3', {'modules/core', 'modules/fourier', 'modules/so3'})
     assert '{py:function} turn(poses, *, angle) -> Poses' in entry
     assert '<dd>(N,), turned</dd>' in entry and '= 3.0' in entry
-    assert 'href="fourier.html#recon_nb.fourier.Lattice"' in entry and 'href="core.html#recon_nb.core.Poses"' in entry
-    assert '../core.html#recon_nb.core.Poses' in link_prose('see `Poses`', 'tutorials/T00_tour', {'core'})
-    assert link_prose('```\n`Poses`\n```', 'x', {'core'}) == '```\n`Poses`\n```'
+    assert 'href="../modules/fourier.html#recon_nb.fourier.Lattice"' in entry and 'href="../modules/core.html#recon_nb.core.Poses"' in entry
+    assert '../modules/core.html#recon_nb.core.Poses' in link_prose('see `Poses`', 'tutorials/T00_tour', {'modules/core'})
+    assert link_prose('```\n`Poses`\n```', 'x', {'modules/core'}) == '```\n`Poses`\n```'
     assert link_prose('see `Poses`', 'x', set()) == 'see `Poses`'
+
+
+def test_outputs_are_kept_under_what_decides_them():
+    """A page stands on everything below it: a change of `fourier` must run the page of training again, whichever way a module imports another."""
+    from steps.execute import list_imported_modules, trace_module
+
+    assert list_imported_modules('from .core import Poses\nfrom recon_nb.so3 import (\n    euler_to_matrix,\n)\nimport recon_nb.ctf') == {'core', 'so3', 'ctf'}
+    assert {'core', 'fourier', 'imaging', 'models', 'runs'} <= set(trace_module('training'))
+
+
+def test_a_name_of_two_modules_is_the_one_that_is_meant():
+    """Where several modules define a name, an annotation means the one that its own module defines or imports."""
+    from steps.symbols import list_modules, list_symbols, qualify, qualify_type
+
+    classes = [(name, module) for module, source in list_modules().items() for name in re.findall(r'^class ([A-Z]\w*)', source, flags=re.M)]
+    twice = [(name, module) for name, module in classes if name not in list_symbols()]
+    assert all(qualify(name, module) == f'{module}.{name}' for name, module in twice)
+    assert all(qualify_type(f'list[{name}] | None', module) == f'list[recon_nb.{module}.{name}] | None' for name, module in twice)
+    assert qualify_type('Poses | None', 'so3') == 'Poses | None'
 
 
 def list_commands(text):
@@ -207,10 +226,10 @@ def test_every_verb_has_its_place():
 
     assert sorted(verb for members in group_verbs().values() for verb in members) == sorted(verbs)
     assert 'Others' not in group_verbs(), 'name the heading of a new verb in docs/steps/commands.py'
-    files = write_commands({'tutorials/T04_filtering': ('T04', 'recon filter RUN')}, {'filtering', 'cli', 'commands/filter'})
+    files = write_commands({'tutorials/T04_filtering': ('T04', 'recon filter RUN')}, {'modules/filtering', 'modules/cli', 'commands/filter'})
     text = files['commands/filter.md']
     assert set(files) == {'commands/index.md', *(f'commands/{verb}.md' for verb in verbs)}
-    assert '<code>--threshold</code>' in text and '../filtering.html#recon_nb.filtering.filter_run' in text and '../tutorials/T04_filtering.html' in text
+    assert '<code>--threshold</code>' in text and '../modules/filtering.html#recon_nb.filtering.filter_run' in text and '../tutorials/T04_filtering.html' in text
 
 
 def test_commands_in_prose_are_links():
@@ -241,18 +260,20 @@ def test_landing_page(page, address):
 
 
 @slow
-def test_search_for_tilt_finds_the_tilt_pages(page, address):
+def test_search_for_tilt_finds_the_tilt_pages(page, address, site):
     page.goto(f'{address}/search.html?q=tilt', wait_until='networkidle')
     page.wait_for_selector('ul.search li a')
     found = page.locator('ul.search li a').evaluate_all('links => links.map(link => link.getAttribute("href"))')
     assert any('tiltencoder' in link for link in found), found
+    if (site / 'tutorials/T08_subtomograms.html').exists():
+        assert any('T08_subtomograms' in link for link in found), found
     shoot(page, 'search')
 
 
 @slow
 def test_symbol_link_lands_on_its_definition(page, address):
-    page.goto(f'{address}/ctf.html', wait_until='networkidle')
-    link = page.locator('a.symbol[href="core.html#recon_nb.core.CTFParams"]').first
+    page.goto(f'{address}/modules/ctf.html', wait_until='networkidle')
+    link = page.locator('a.symbol[href="../modules/core.html#recon_nb.core.CTFParams"]').first
     link.scroll_into_view_if_needed()
     link.click()
     page.wait_for_url('**/core.html#recon_nb.core.CTFParams')
@@ -270,7 +291,7 @@ def test_names_in_code_are_links(page, address):
 
 @slow
 def test_formulas_are_set(page, address):
-    page.goto(f'{address}/ctf.html', wait_until='networkidle')
+    page.goto(f'{address}/modules/ctf.html', wait_until='networkidle')
     if page.locator('script[src*="mathjax"]').count() == 0:
         pytest.skip('MathJax is not in this site: npm was not there when it was built')
     page.wait_for_selector('mjx-container')
@@ -280,7 +301,7 @@ def test_formulas_are_set(page, address):
 @slow
 def test_dark_mode(page, address):
     page.emulate_media(color_scheme='light')
-    page.goto(f'{address}/ctf.html', wait_until='networkidle')
+    page.goto(f'{address}/modules/ctf.html', wait_until='networkidle')
     page.evaluate('localStorage.setItem("mode", "dark"); localStorage.setItem("theme", "dark")')
     page.reload(wait_until='networkidle')
     assert page.evaluate('document.documentElement.dataset.theme') == 'dark'
@@ -290,13 +311,61 @@ def test_dark_mode(page, address):
 
 
 @slow
-@pytest.mark.parametrize('name', ['index', 'ctf', 'core', 'tutorials/index', 'tutorials/T00_tour', 'modules', 'conventions', 'methods/index', 'troubleshooting', 'glossary'])
-def test_phone(page, address, name):
-    page.set_viewport_size({'width': 390, 'height': 844})
+def test_the_chooser_leaves_the_routes_that_fit(page, address):
+    page.goto(address, wait_until='networkidle')
+    routes = page.locator('.route')
+    everything = routes.count()
+    page.locator('.chooser button', has_text='tilt series').click()
+    page.locator('.chooser button', has_text='not known').click()
+    shown = page.locator('.route:visible').all_inner_texts()
+    assert len(shown) == 1 and 'Not here' in shown[0]
+    page.locator('.chooser button', has_text='not known').click()
+    assert 1 < page.locator('.route:visible').count() < everything
+    page.locator('.chooser button', has_text='tilt series').click()
+    assert page.locator('.route:visible').count() == everything
+
+
+@slow
+def test_a_command_leads_to_its_options(page, address):
+    page.goto(f'{address}/start.html', wait_until='networkidle')
+    page.locator('div.highlight a.symbol', has_text='recon converge').first.click()
+    page.wait_for_url('**/commands/converge.html')
+    assert page.locator('dl.arguments code', has_text='--epoch').count() == 1 or page.locator('dl.arguments code').count() > 3
+    page.locator('nav.bd-links a', has_text='recon train').click()
+    assert page.locator('dl.arguments dt:has-text("--epochs") + dd').inner_text().startswith('passes over the data')
+
+
+kinds = ['index', 'start', 'tutorials/index', 'tutorials/T00_tour', 'methods/index', 'methods/tomodrgn', 'commands/index', 'commands/train', 'modules/index', 'modules/core', 'modules/ctf', 'modules/search', 'modules/explore', 'modules/doctor', 'modules/tomogram',
+         'measured', 'benchmarks', 'reference', 'conventions', 'glossary', 'troubleshooting', 'add_decoder', 'contributing', 'changelog', 'genindex', 'search']
+
+
+@slow
+@pytest.mark.parametrize('name', kinds)
+@pytest.mark.parametrize(('look', 'width'), [('light', 1280), ('dark', 1280), ('phone', 390)])
+def test_every_kind_of_page_opens(page, address, site, name, look, width):
+    """No failed request, no error, no other host (the fixture sees to it), and nothing wider than the screen."""
+    if not (site / f'{name}.html').exists():
+        pytest.skip(f'{name} is not in this site')
+    page.set_viewport_size({'width': width, 'height': 844 if look == 'phone' else 900})
+    page.emulate_media(color_scheme='dark' if look == 'dark' else 'light')
     page.goto(f'{address}/{name}.html', wait_until='networkidle')
-    width = page.evaluate('document.documentElement.scrollWidth')
-    shoot(page, f'phone_{name.replace("/", "_")}')
-    assert width <= 390, f'{name} is {width} px wide'
+    shoot(page, f'{look}_{name.replace("/", "_")}')
+    assert page.evaluate('document.documentElement.dataset.theme') == ('dark' if look == 'dark' else 'light')
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+
+
+@slow
+def test_all_of_a_whole_site_fits_a_phone(page, address, site):
+    """Every page of the finished site, not one of each kind."""
+    if not os.environ.get('RECON_NB_SITE'):
+        pytest.skip('RECON_NB_SITE names no finished site')
+    page.set_viewport_size({'width': 390, 'height': 844})
+    wide = []
+    for path in list_pages(site):
+        page.goto(f'{address}/{path.relative_to(site)}', wait_until='load')
+        if page.evaluate('document.documentElement.scrollWidth') > 390:
+            wide.append(str(path.relative_to(site)))
+    assert not wide
 
 
 @slow

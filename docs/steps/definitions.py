@@ -5,7 +5,7 @@ import inspect
 import io
 import tokenize
 
-from steps.symbols import is_method_shown, is_public, link_comment, link_prose, link_type
+from steps.symbols import is_method_shown, is_public, link_comment, link_prose, link_type, qualify_type
 
 
 def read_comments(source):
@@ -38,8 +38,8 @@ def list_fields(node):
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_public(item.target.id)]
 
 
-def write_signature(function):
-    """Return the argument names of a function in one line; types, defaults and meanings stand in the list below it."""
+def write_signature(function, module):
+    """Return the argument names of a function of a module in one line; types, defaults and meanings stand in the list below it."""
     names, arguments = [], function.args
     plain = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args] if argument.arg not in ('self', 'cls')]
     names += plain
@@ -48,7 +48,7 @@ def write_signature(function):
     names += [f'*{arguments.vararg.arg}'] if arguments.vararg else []
     names += [argument.arg for argument in arguments.kwonlyargs]
     names += [f'**{arguments.kwarg.arg}'] if arguments.kwarg else []
-    returns = f' -> {unparse(function.returns)}' if function.returns is not None else ''
+    returns = f' -> {qualify_type(unparse(function.returns), module)}' if function.returns is not None else ''
     return f'({", ".join(names)}){returns}'
 
 
@@ -92,7 +92,7 @@ def describe_function(node, module, comments, page, pages, source=''):
     """Return the entry of a function as MyST Markdown."""
     table = tabulate_arguments(list_arguments(node), comments, find_return_comment(node, comments), page, pages)
     content = '\n\n'.join(part for part in (write_text(node, page, pages), table, write_source(source) if source else '') if part)
-    return wrap('py:function', node.name + write_signature(node), [f':module: recon_nb.{module}'], content, '`' * 6)
+    return wrap('py:function', node.name + write_signature(node, module), [f':module: recon_nb.{module}'], content, '`' * 6)
 
 
 def describe_method(node, owner, module, comments, page, pages):
@@ -101,19 +101,19 @@ def describe_method(node, owner, module, comments, page, pages):
     options = [f':module: recon_nb.{module}'] + [f':{name}:' for name in ('classmethod', 'staticmethod') if name in names]
     property_ = names & {'property', 'cached_property'} or any('cached_property' in ast.unparse(decorator) for decorator in node.decorator_list)
     if property_:
-        options += [f':type: {unparse(node.returns)}'] if node.returns is not None else []
+        options += [f':type: {qualify_type(unparse(node.returns), module)}'] if node.returns is not None else []
         comment = find_return_comment(node, comments)
         content = write_text(node, page, pages) + (f'\n\n<p class="shape">{link_comment(comment, page, pages)}</p>' if comment else '')
         return wrap('py:property', f'{owner}.{node.name}', options, content, '`' * 5)
     table = tabulate_arguments(list_arguments(node), comments, find_return_comment(node, comments), page, pages)
-    return wrap('py:method', f'{owner}.{node.name}{write_signature(node)}', options, f'{write_text(node, page, pages)}\n\n{table}', '`' * 5)
+    return wrap('py:method', f'{owner}.{node.name}{write_signature(node, module)}', options, f'{write_text(node, page, pages)}\n\n{table}', '`' * 5)
 
 
 def describe_class(node, module, comments, page, pages, source=''):
     """Return the entry of a class as MyST Markdown: fields or arguments, methods, source."""
     makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == '__init__']
     rows = list_arguments(makers[0]) if makers else list_fields(node)
-    signature = write_signature(makers[0]).split(' -> ')[0] if makers else ''
+    signature = write_signature(makers[0], module).split(' -> ')[0] if makers else ''
     bases = [ast.unparse(base) for base in node.bases]
     lead = f'<p class="bases">A kind of {", ".join(link_comment(f"`{base}`", page, pages) for base in bases)}</p>' if bases else ''
     methods = [describe_method(item, node.name, module, comments, page, pages) for item in node.body if is_method_shown(item)]

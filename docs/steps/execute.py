@@ -37,11 +37,11 @@ def list_notebooks(only=()):
 
 @cache
 def list_imported_modules(source):
-    """Return the modules of recon_nb that Python source imports, inside functions too."""
+    """Return the modules of recon_nb that Python source imports, as `recon_nb.name` or, as nbdev writes it, `.name`, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'recon_nb':
-            parts = node.module.split('.')
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or '').split('.')[0] == 'recon_nb'):
+            parts = ['recon_nb', node.module] if node.level == 1 and node.module else (node.module or 'recon_nb').split('.')
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name.split('.')[1] for alias in node.names if alias.name.startswith('recon_nb.')}

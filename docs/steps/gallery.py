@@ -3,6 +3,7 @@ import base64
 import html
 import io
 import re
+from dataclasses import replace
 
 from PIL import Image
 
@@ -18,8 +19,11 @@ groups = [  # first number of a page, heading
     (40, 'Runs and training'),
     (42, 'Poses from nothing'),
     (43, 'The subspace run'),
+    (44, 'Is the input right?'),
     (50, 'After the run: latents, volumes, verdicts'),
-    (60, 'In the cell, and by hand'),
+    (60, 'In the cell'),
+    (61, 'In the browser'),
+    (62, 'Is the installation right, and the data?'),
     (90, 'The command line'),
 ]
 
@@ -85,14 +89,17 @@ def write_modules(pages):
              'The order is that of dependence: a module imports only from above. Signatures state the shape and the unit of each argument.']
     for heading, members in group_modules(pages):
         if members:
-            rows = [f'| <a href="{page.name}.html"><code>{page.module}</code></a> | {page.title} | {page.subtitle} |' for page in members]
+            rows = [f'| <a href="{page.module}.html"><code>{page.module}</code></a> | {page.title} | {page.subtitle} |' for page in members]
             parts.append('\n'.join([f'## {heading}', '', '| module | | what it does |', '|---|---|---|', *rows]))
             parts.append(write_toctree({page.name: f'{page.module} · {page.title}' for page in members}, caption=heading))
     return '\n\n'.join(parts)
 
 
-def write_measured(pages):
+def write_measured(pages, folder):
     """Return the page that lists what was measured."""
-    measured = sorted((page for page in pages if not page.module and '/' not in page.name and page.name != 'index'), key=lambda page: page.name)
-    rows = [f'- [{page.title}](/{page.name}.ipynb): {page.subtitle}' for page in measured]
-    return '\n'.join(['# Measured', '', 'Quality and time side by side, each table with the machine and the command that printed it.', '', *rows, '', write_toctree([page.name for page in measured])])
+    titles = {'benchmarks': 'Quality and speed'}  # the page of all tables bears the name of this one
+    found = sorted((page for page in pages if not page.module and '/' not in page.name), key=lambda page: (page.name not in titles, page.name))
+    pages = [replace(page, title=titles.get(page.name, page.title)) for page in found]
+    cards = [write_card(page, make_thumbnail(page, folder), '', 'measured') for page in pages]
+    return '\n'.join(['# Measured', '', 'Quality and time side by side, each table with the machine and the command that printed it. Numbers elsewhere on this site are read from the same tables.', '',
+                      f'<div class="cards">\n{"".join(cards)}\n</div>', '', write_toctree({page.name: page.title for page in pages})])

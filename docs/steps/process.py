@@ -14,7 +14,7 @@ from nbdev.process import NBProcessor
 
 from steps.definitions import describe_cell
 from steps.execute import list_imported_modules, notebooks
-from steps.symbols import link_prose, list_modules, relative
+from steps.symbols import link_prose, list_modules, name_module_page, relative
 
 plotly_type, widget_type = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
 notebook_link = re.compile(r'\[([^\]]*)\]\((?!https?:)([^)\s#]+)\.ipynb(#[^)\s]*)?\)')
@@ -24,7 +24,7 @@ notebook_link = re.compile(r'\[([^\]]*)\]\((?!https?:)([^)\s#]+)\.ipynb(#[^)\s]*
 class Page:
     """A notebook as a page of the site."""
 
-    name: str  # the address without .html: ctf, tutorials/T00_tour
+    name: str  # the address without .html: modules/ctf, tutorials/T00_tour
     title: str
     subtitle: str
     module: str  # '' where the notebook exports nothing
@@ -35,10 +35,10 @@ class Page:
 
 
 def name_page(path):
-    """Return the address of a notebook's page as nbdev has it: the number of a module's page goes, that of a tutorial stays."""
-    relative_path = path.relative_to(notebooks).with_suffix('')
-    name = re.sub(r'^\d+[a-z]?_', '', relative_path.name)
-    return str(relative_path.with_name(name))
+    """Return the address of a notebook's page: that of a module loses its number, `modules/ctf`; others stay where they are, `tutorials/T00_tour`."""
+    place = path.relative_to(notebooks).with_suffix('')
+    module = re.fullmatch(r'\d+[a-z]?_(\w+)', str(place))
+    return name_module_page(module[1]) if module else str(place)
 
 
 class Definitions(Processor):
@@ -131,10 +131,10 @@ def write_header(page, module, source, seconds, pages):
     """Return the line below a title: what to import, what the module stands on, the notebook to download."""
     parts = []
     if module:
-        below = [name for name in sorted(list_imported_modules(list_modules().get(module, ''))) if name in pages]
+        below = [name for name in sorted(list_imported_modules(list_modules().get(module, ''))) if name_module_page(name) in pages]
         parts.append(f'module <code>recon_nb.{module}</code>')
         if below:
-            parts.append('builds on ' + ', '.join(f'<a href="{relative(page, name)}">{name}</a>' for name in below))
+            parts.append('builds on ' + ', '.join(f'<a href="{relative(page, name_module_page(name))}">{name}</a>' for name in below))
     parts.append(f'<a href="{"../" * page.count("/")}notebooks/{source}" download>notebook</a>')
     if seconds:
         parts.append(f'takes {max(seconds, 1):.0f} s of one processor')
@@ -147,8 +147,8 @@ def list_pictures(notebook):
     return [output['data']['image/png'] for output in outputs if 'image/png' in output.get('data', {})]
 
 
-def make_cells(notebook, record, page, source, pages):
-    """Return the cells of a processed notebook in nbformat, with outputs, links and tags."""
+def make_cells(notebook, record, page, source, pages, folded=False):
+    """Return the cells of a processed notebook in nbformat, with outputs, links and tags; `folded` hides code behind a fold."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == 'markdown':
@@ -157,7 +157,9 @@ def make_cells(notebook, record, page, source, pages):
         elif cell.cell_type == 'code' and cell.source.strip():
             outputs = [nbformat.from_dict(translate_output(output, record['widgets'])) for output in getattr(cell, 'kept', []) if not is_progress(output)]
             new = nbformat.v4.new_code_cell(cell.source.strip(), outputs=outputs)
-            new.metadata.tags = ['hide-input'] if is_import(cell.source) else []
+            fold = 'imports' if is_import(cell.source) else 'code' if folded else ''
+            new.metadata.tags = ['hide-input'] if fold else []
+            new.metadata.mystnb = {'code_prompt_show': f'Show the {fold}', 'code_prompt_hide': f'Hide the {fold}'} if fold else {}
             cells.append(new)
     return cells
 
@@ -183,7 +185,7 @@ def process_notebook(path, record, pages):
     head += write_header(page, module, source, record['seconds'], pages)
     if record['error']:
         head += f'\n\n```{{note}}\nOutputs are missing below, because {html.escape(record["error"].splitlines()[0][:300])}.\n```'
-    cells = [nbformat.v4.new_markdown_cell(head), *make_cells(notebook, record, page, source, pages)]
+    cells = [nbformat.v4.new_markdown_cell(head), *make_cells(notebook, record, page, source, pages, folded=not module and '/' not in page)]
     metadata = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}, 'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
     result = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
     if any(widget_type in output.get('data', {}) for cell in cells if cell.cell_type == 'code' for output in cell.outputs):

@@ -1,6 +1,6 @@
 """Where every public name of the package is defined, and links to it from prose and code.
 
-nbdev lists the names (`recon_nb/_modidx.py`); the page of a module is called after it, and Sphinx's Python domain gives each definition
+nbdev lists the names (`recon_nb/_modidx.py`); the page of a module is called after it, in a folder of its own (Sphinx has a page "search"), and Sphinx's Python domain gives each definition
 the anchor `recon_nb.module.name`. Links are relative, so the site works from any folder and without a server.
 """
 import ast
@@ -27,8 +27,13 @@ class Symbol:
         return f'recon_nb.{self.module}.{self.name}'
 
     def address(self, page):
-        """Return the link from a page (`ctf`, `tutorials/T00_tour`) to the definition."""
-        return f'{relative(page, self.module)}#{self.anchor}'
+        """Return the link from a page (`modules/ctf`, `tutorials/T00_tour`) to the definition."""
+        return f'{relative(page, name_module_page(self.module))}#{self.anchor}'
+
+
+def name_module_page(module):
+    """Return the page of a module."""
+    return f'modules/{module}'
 
 
 def relative(page, target):
@@ -85,12 +90,36 @@ def find_address(name, page, pages):
         verb = f'commands/{name.split()[1]}'
         return relative(page, verb) if verb in pages and page != verb else None
     symbol = list_symbols().get(name)
-    if symbol is not None and symbol.module in pages:
+    if symbol is not None and name_module_page(symbol.module) in pages:
         return symbol.address(page)
-    module = name.removeprefix('recon_nb.')
+    module = name_module_page(name.removeprefix('recon_nb.'))
     if name.startswith('recon_nb.') and module in pages:
         return relative(page, module)
     return None
+
+
+@cache
+def list_imported_names(module):
+    """Return {name: defining module} of what a module of the package imports from its sisters."""
+    nodes = [node for node in ast.walk(ast.parse(list_modules().get(module, ''))) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: node.module.split('.')[-1] for node in nodes if node.module and (node.level == 1 or node.module.startswith('recon_nb.')) for alias in node.names}
+
+
+def qualify(name, module):
+    """Return a name as a module of the package means it, with the module that defines it, where several modules define the same name."""
+    if name in list_symbols() or '.' in name:
+        return name
+    home = module if f'{module}.{name}' in list_symbols() else list_imported_names(module).get(name)
+    return f'{home}.{name}' if f'{home}.{name}' in list_symbols() else name
+
+
+def qualify_type(annotation, module):
+    """Return an annotation in which a name that several modules define is written with the one that is meant."""
+    def long(match):
+        name = qualify(match[0], module)
+        return match[0] if name == match[0] else f'recon_nb.{name}'
+
+    return re.sub(r'(?<![\w.])[A-Za-z_]\w*(?!\.)', long, annotation)
 
 
 def link_code(text, page, pages):
@@ -103,7 +132,7 @@ def link_code(text, page, pages):
 def link_type(annotation, page, pages):
     """Return a type annotation as HTML code in which every class of the package is a link."""
     def link(match):
-        address = find_address(match[0], page, pages)
+        address = find_address(qualify(match[0], page.removeprefix('modules/')), page, pages)
         return f'<a class="symbol" href="{address}">{match[0]}</a>' if address else match[0]
 
     return f'<code class="docutils literal">{re.sub(r"[A-Za-z_][A-Za-z_0-9.]*", link, html.escape(annotation, quote=False))}</code>'
