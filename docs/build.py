@@ -110,11 +110,23 @@ def assemble(paths, records, work):
     return pages
 
 
+def remove_old_pages(work, built):
+    """Delete the HTML of pages that are no longer in the site; Sphinx leaves it."""
+    made_by_sphinx = {'genindex', 'search', 'py-modindex'}
+    for path in built.rglob('*.html'):
+        name = path.relative_to(built)
+        page = name.with_suffix('')
+        source = [(work / '_source' / page).with_name(page.name + ending) for ending in ('.md', '.ipynb')]
+        if '_static' not in name.parts and str(page) not in made_by_sphinx and not any(map(Path.exists, source)) and not (work / '_extra' / name).exists():
+            path.unlink()
+
+
 def run_sphinx(work, target, strict):
     """Write the HTML; return Sphinx's exit status. It is written beside the pages and copied, since myst-nb leaves a folder beside its output."""
     os.environ['RECON_NB_SITE_WORK'] = str(work.resolve())
     options, built = ['-W', '--keep-going'] if strict else [], work / '_site' / 'html'
     status = sphinx_build(['-q', '-b', 'html', '-c', str(here), '-d', str(work / '_doctrees'), *options, str(work / '_source'), str(built)])
+    remove_old_pages(work, built)
     if (target / 'searchindex.js').exists():
         shutil.rmtree(target)
     shutil.copytree(built, target, dirs_exist_ok=True)

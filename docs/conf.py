@@ -19,6 +19,7 @@ settings = settings['DEFAULT']
 project, author, release = settings['title'], settings['author'], settings['version']
 copyright = settings['copyright']
 language = 'en'
+smartquotes = False  # options of commands begin with two hyphens, also where prose names them
 extensions = ['myst_nb', 'sphinx.ext.mathjax']
 source_suffix = {'.md': 'myst-nb', '.ipynb': 'myst-nb'}
 exclude_patterns = []
@@ -39,7 +40,7 @@ python_use_unqualified_type_names = True
 toc_object_entries_show_parents = 'hide'
 
 mathjax_path = 'mathjax/tex-chtml.js'
-mathjax3_config = {'options': {'enableMenu': False}}
+mathjax3_config = {'options': {'enableMenu': False}, 'chtml': {'matchFontHeight': False, 'scale': 1.05}}
 if not (scripts / mathjax_path).exists():
     extensions.remove('sphinx.ext.mathjax')
     mathjax_path = ''
@@ -70,7 +71,7 @@ html_theme_options = {
     'footer_end': [],
     'back_to_top_button': True,
 }
-html_sidebars = {'index': [], 'search': [], 'glossary': [], 'troubleshooting': [], 'changelog': []}
+html_sidebars = {'index': [], 'start': [], 'search': [], 'glossary': [], 'troubleshooting': [], 'changelog': []}
 html_context = {'default_mode': 'auto'}
 
 
