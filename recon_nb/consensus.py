@@ -96,6 +96,8 @@ def backproject_stack(
     require_poses(stack)
     if first is not None and first < 1:
         raise InputError(f"--first {first}: no particle is left; give 1 or more.")
+    if options.get("pad", 2) < 1:
+        raise InputError(f"--pad {options['pad']}: a grid cannot be smaller than the map; give 1 or more.")
     stack = stack if first is None else stack.select(stack.particles[:first])
     stack = stack if n_tilts is None else take_lowest_dose(stack, n_tilts)
     dataset = ParticleDataset(stack)

@@ -152,6 +152,8 @@ def load_stack(
     **beside: str | Path | None,  # poses, ctf, passthrough, coordinates, tomograms and dose_scheme, see `tiltseries.read_table`
 ) -> ParticleStack:
     "Read a particle file; images stay on disk. Raise `InputError` naming file, row or column."
+    if pixel_size is not None and not pixel_size > 0:
+        raise InputError(f"--pixel-size {pixel_size:g}: a pixel has a size above 0 Å; give that of the stored images, or leave it to the file.")
     table = read_table(path, datadir=datadir, pixel_size=pixel_size, **beside)
     images = open_stack(table, datadir) if require_images else open_if_there(table, datadir)
     native = images.box

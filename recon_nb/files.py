@@ -1482,6 +1482,9 @@ def check_suffix(
     known: Iterable[str],  # extensions that are accepted
 ) -> str:  # the extension
     "Return the extension of a path; raise `InputError` naming the ones that are known."
+    if path.is_dir():
+        inside = next((str(p) for p in sorted(path.iterdir(), key=lambda p: (p.suffix not in (".star", ".cs"), p.name)) if p.suffix in known), f"one of type {', '.join(known)}")
+        raise InputError(f"{path}: this is a folder; give the file in it that lists the particles: {inside}")
     if path.suffix not in known:
         raise InputError(f"{path}: files of type '{path.suffix}' are not read.{suggest_names(path.suffix, known)}")
     return path.suffix
