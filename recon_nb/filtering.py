@@ -345,8 +345,17 @@ def pick_particles(
     color: str | None = None,  # column that colours the dots
     **options: Any,  # of `measures.measure_content`
 ) -> ParticlePicker:  # show its `widget`; read its `picked`
-    "Open a lasso on the particles of a run."
+    "Open a lasso on the particles of a run; its button writes RUN/selections/NAME.json."
     run = open_run(run) if not isinstance(run, RunFolder) else run
     table = tabulate_particles(run, epoch, **options)
     x, y = x or ("pc1" if "pc1" in table else "contrast"), y or ("pc2" if "pc2" in table else "residual")
-    return ParticlePicker(table, x=x, y=y, color=color, stack=load_own(run).stack)
+
+
+    def save(picker: ParticlePicker, name: str) -> Path:
+        if not len(picker.picked):
+            raise InputError("Nothing is marked; draw around some particles first.")
+        path = prepare_output(run, name)
+        picker.select(read_own_rows(run.config.data.particles, run.config.data).n_particles).save(path)
+        return path
+
+    return ParticlePicker(table, x=x, y=y, color=color, stack=load_own(run).stack, on_save=save)

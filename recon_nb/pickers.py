@@ -7,7 +7,7 @@ __all__ = ['make_pictures', 'draw_members', 'plot_pictures', 'ParticlePicker']
 
 # %% ../nbs/52a_pickers.ipynb #70a6c462
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .core import InputError, Selection, rank_within, suggest_names
+from .core import InputError, ReconError, Selection, rank_within, suggest_names
 from .ctf import compute_ctf, flip_phases
 from .datasets import ParticleStack
 from .fourier import Lattice
@@ -83,6 +83,11 @@ def plot_pictures(
 class ParticlePicker:
     "A scatter plot with a lasso; `picked` holds the particles marked last. Show its `widget`."
 
+    look = {  # clear ground and gray text, for a light and for a dark page
+        "template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": "#7d7d7d"},
+        **{axis: {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)"} for axis in ("xaxis", "yaxis")},
+    }
+
     def __init__(
         self,
         table: pd.DataFrame,  # (P rows) with particle and two or more columns of numbers
@@ -92,6 +97,7 @@ class ParticlePicker:
         color: str | None = None,  # column that colours the dots
         stack: ParticleStack | None = None,  # whose images to show; none where absent
         n_pictures: int = 12,  # of marked particles
+        on_save: Callable[["ParticlePicker", str], object] | None = None,  # writes what was picked under a name and returns where; no button where absent
     ):
         import ipywidgets as widgets
 
@@ -104,15 +110,18 @@ class ParticlePicker:
         self.picked, self.corners = np.zeros(0, dtype=np.int64), np.zeros((0, 2))
         self.x = widgets.Dropdown(options=names, value=x or names[0], description="x")
         self.y = widgets.Dropdown(options=names, value=y or names[1], description="y")
-        self.report, self.pictures = widgets.Label("lasso particles"), widgets.Image(format="png", layout={"visibility": "hidden"})
+        self.report, self.pictures = widgets.Label("Draw around particles."), widgets.Image(format="png", layout={"display": "none", "max_width": "640px"})
+        self.name, self.button = widgets.Text(value="by_lasso", description="save as"), widgets.Button(description="save selection", button_style="primary")
+        self.button.on_click(lambda button: self.save(on_save))
         marker = {"size": 4} if color is None else {"size": 4, "color": table[color], "colorscale": "Viridis", "colorbar": {"title": color}}
         dots = go.Scattergl(mode="markers", marker=marker, customdata=self.table["particle"])
-        self.figure = go.FigureWidget([dots], {"dragmode": "lasso", "template": "plotly_white", "width": 640, "height": 520, "margin": {"l": 60, "r": 10, "t": 20, "b": 50}})
+        self.figure = go.FigureWidget([dots], {"dragmode": "lasso", **self.look, "width": 640, "height": 500, "margin": {"l": 60, "r": 10, "t": 30, "b": 50}})
         self.figure.data[0].on_selection(lambda trace, points, lasso: self.pick(points.point_inds, lasso))
         for control in (self.x, self.y):
             control.observe(lambda change: self.refresh(), names="value")
         self.refresh()
-        self.widget = widgets.VBox([widgets.HBox([self.x, self.y]), self.figure, self.report, self.pictures])
+        saving = [] if on_save is None else [widgets.HBox([self.name, self.button])]
+        self.widget = widgets.VBox([widgets.HBox([self.x, self.y]), self.figure, self.report, *saving, self.pictures])
 
     def refresh(self) -> None:
         "Show the columns that the controls ask for."
@@ -132,12 +141,22 @@ class ParticlePicker:
             (left, right), (bottom, top) = lasso.xrange, lasso.yrange
             xs, ys = (left, right, right, left), (bottom, bottom, top, top)
         self.corners = np.zeros((0, 2)) if xs is None else np.column_stack([xs, ys])
-        self.report.value = f"{len(self.picked)} of {len(self.table)} particles"
+        self.report.value = f"{len(self.picked):,} of {len(self.table):,} particles are marked"
         if self.stack is not None and len(self.picked):
             shown = np.random.default_rng(0).permutation(self.picked)[: self.n_pictures]
             buffer = io.BytesIO()
             plot_pictures({"some of them": make_pictures(self.stack, shown)}, titles={"some of them": shown}).savefig(buffer, dpi=90)
-            self.pictures.value, self.pictures.layout.visibility = buffer.getvalue(), "visible"
+            self.pictures.value, self.pictures.layout.display = buffer.getvalue(), "block"
+
+    def save(
+        self,
+        write: Callable[["ParticlePicker", str], object],  # as `on_save`
+    ) -> None:
+        "Write what was picked and say where, or what was wrong."
+        try:
+            self.report.value = f"{len(self.picked):,} particles written: {write(self, self.name.value)}"
+        except ReconError as error:
+            self.report.value = str(error)
 
     def select(
         self,

@@ -50,15 +50,17 @@ def draw_views(
     height: float = 0.0,  # where the sections are cut, in boxes from the centre, -0.5 to 0.5
     signed: bool = False,  # a difference: blue, white at zero, red
     title: str = "",  # above the pictures
+    per_row: int = 4,  # pictures side by side
 ) -> Figure:
-    "Draw three sections and a projection side by side."
+    "Draw three sections and a projection."
     if not -0.5 <= height <= 0.5:
         raise InputError(f"A section is cut between -0.5 and 0.5 boxes from the centre; found {height:g}.")
     data, box = volume.data.float(), volume.box
     cut = min(max(box // 2 + round(height * box), 0), box - 1)
     low, high = -(box // 2) * volume.pixel_size, (box - box // 2) * volume.pixel_size
-    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
-    for number, ax in enumerate(figure.subplots(1, 4)):
+    n_rows = -(-4 // per_row)
+    figure = Figure(figsize=(2.62 * per_row, 2.6 * n_rows + 0.3), layout="constrained")
+    for number, ax in enumerate(np.ravel(figure.subplots(n_rows, per_row))[:4]):
         dim, (across, up) = number % 3, ("xy", "xz", "yz")[number % 3]
         image = (data.select(dim, cut) if number < 3 else data.sum(0)).numpy()
         shown = data.numpy() if number < 3 else image
@@ -145,7 +147,7 @@ def choose_scene(
     "Return the layout of a scene as large as the box of a map."
     half = volume.box * volume.pixel_size / 2
     axis = {"range": [-half, half], "visible": False}
-    scene = {"xaxis": axis, "yaxis": axis, "zaxis": axis, "aspectmode": "cube", "dragmode": "orbit", "camera": {"eye": {"x": 0.9, "y": 0.9, "z": 0.9}}}
+    scene = {"xaxis": axis, "yaxis": axis, "zaxis": axis, "aspectmode": "cube", "dragmode": "orbit", "camera": {"eye": {"x": 0.65, "y": 0.65, "z": 0.65}}}
     return {"scene": scene, "uirevision": "same", "width": size, "height": size, "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False, "paper_bgcolor": "rgba(0,0,0,0)"}
 
 # %% ../nbs/58_surfaces.ipynb #1cd53da4
