@@ -28,8 +28,8 @@ from .core import InputError, write_atomic
 def render_text(
     text: str,  # plain text
 ) -> str:  # HTML
-    "Return a paragraph."
-    return f"<p>{html.escape(str(text))}</p>\n"
+    "Return a paragraph; what stands between backticks is set as code."
+    return "<p>" + re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(str(text))) + "</p>\n"
 
 # %% ../nbs/50a_report.ipynb #5b3b1d68
 def render_code(
@@ -59,13 +59,13 @@ def render_details(
 def format_value(
     value: object,  # number, text, None, list, path
 ) -> str:  # plain text
-    "Return a value as a reader wants it: four significant digits, a dash for nothing."
+    "Return a value as a reader wants it: four significant digits, no powers of ten below a million, a dash for nothing."
     if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e6 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(format_value(item) for item in value)
     return str(value)
@@ -194,9 +194,10 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background:
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
 a { color: var(--accent); } nav a { margin-right: 1rem; white-space: nowrap; } nav { line-height: 2; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; } .facts th { font-weight: 500; white-space: nowrap; }
+th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; } .facts th { font-weight: 500; }
 .facts td { overflow-wrap: anywhere; }
-pre { background: var(--soft); padding: .75rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
+@media (max-width: 40rem) { .facts, .facts tbody, .facts tr, .facts th, .facts td { display: block; } .facts th { border: 0; padding-bottom: 0; opacity: .8; } .facts td { padding-top: 0; } }
+pre { background: var(--soft); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 4px; font-size: .85rem; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 4px; padding: 4px; box-sizing: border-box; }
 figcaption { font-size: .875rem; opacity: .8; } .fine { opacity: .8; }
 summary { cursor: pointer; color: var(--accent); } @media print { details > * { display: block; } }

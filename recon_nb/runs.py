@@ -431,6 +431,7 @@ def describe_inputs(
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": {"system": platform.platform(), "n_cores": os.cpu_count()},
         "command": shlex.join(sys.argv),
+        "folder": str(Path.cwd()),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
