@@ -31,7 +31,7 @@ from torch import Tensor
 from .analysis import add_to_report, choose_epoch, find_latent_rows, require_new_folder, save_figures
 from .backprojection import BackprojectionResult, FourierSums, add_batch, compute_constant_ridge, compute_grid_shells, solve_map
 from .consensus import backproject_stack, write_consensus
-from .core import Batch, InputError, Latents, Poses, RunError, Selection, Volume, make_generator, okabe_ito, write_atomic
+from .core import Batch, InputError, Latents, Poses, RunError, Selection, Volume, make_generator, okabe_ito, show_progress, write_atomic
 from .datasets import ParticleDataset
 from .encoding import load_own
 from .export import read_own_rows, write_selected
@@ -91,7 +91,8 @@ def walk_images(
     batch_size: int = 128,  # images at a time; one particle at least
 ) -> Iterator[tuple[Batch, PreparedImages]]:
     "Yield batches on the model's device, with their centred images."
-    for part in torch.as_tensor(particles).split(max(1, batch_size // int(dataset.counts.max()))):
+    parts = torch.as_tensor(particles).split(max(1, batch_size // int(dataset.counts.max())))
+    for part in show_progress(parts, "looking at images"):
         batch = dataset.get_batch(part).to(model.device)
         yield batch, model.prepare(batch.flatten(), compared=False)
 
@@ -173,7 +174,7 @@ def sum_blocks(
     "Insert the low frequencies of every block of particles into a Fourier grid of its own."
     lattice = Lattice(box, dataset.lattice.pixel_size * dataset.lattice.box / box, device=device)
     sums = []
-    for block in blocks:
+    for block in show_progress(blocks, "backprojecting", unit="block"):
         total = FourierSums.zeros(lattice, 1)
         halves = torch.ones(int(block.max()) + 1, dtype=torch.int64)
         for part in block.split(256):

@@ -27,7 +27,7 @@ from scipy.interpolate import RBFInterpolator
 from scipy.spatial.distance import pdist, squareform
 
 from .analysis import Decode, add_to_report, bind_decoder, choose_epoch, render_pictures, save_figures, tabulate_points, write_volume_set
-from .core import InputError, Latents, Volume, okabe_ito, write_atomic
+from .core import InputError, Latents, Volume, okabe_ito, show_progress, write_atomic
 from .files import read_volume, write_volume
 from .latent import Clusters, choose_colors, cluster_kmeans, mark_points, plot_density, plot_points, to_points
 from .report import Section, render_table, render_text
@@ -42,7 +42,7 @@ def make_union_mask(
 ) -> tuple[Volume, list[int]]:  # (D, D, D) 0 or 1; numbers of the volumes without a bright particle, which were left out
     "Return where at least one volume is particle; raise `InputError` where none is bright, or their mean is not."
     most, total, dark, number = None, 0.0, [], -1
-    for number, volume in enumerate(volumes):
+    for number, volume in enumerate(show_progress(volumes, "a mask around all volumes", unit="volume")):
         total = total + volume.data.double() / max(float(volume.data.abs().max()), 1e-30)  # junk may be the strongest: all count alike
         try:
             ratio = volume.data / find_mask_threshold(volume)
@@ -86,7 +86,7 @@ def store_voxels(
     "Write the masked voxels of volumes as a table; raise `InputError` where the grids differ or the mask is empty."
     inside = select_voxels(mask, mask)
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n_volumes, int(inside.sum())))
-    for row, volume in zip(table, volumes):
+    for row, volume in zip(table, show_progress(volumes, "reading volumes", total=n_volumes, unit="volume")):
         check_same_grid(volume, mask)
         row[:] = volume.data[inside].numpy()
     table.flush()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .analysis import choose_epoch, find_latent_rows
-from .core import pick_device, write_atomic
+from .core import pick_device, show_progress, write_atomic
 from .datasets import ParticleDataset
 from .encoding import load_own
 from .fourier import average_shells
@@ -118,7 +118,8 @@ def sum_products(
     whitening = compute_whitening(dataset.lattice, measure_typical_power(dataset))
     labels, references = torch.as_tensor(labels).to(device), references.to(device)
     sums = torch.zeros(6, dataset.n_particles, dtype=torch.float64)
-    for chunk in stream_chunks(dataset, whitening, radius=box / 2 - 1, dose=dose, device=device):
+    chunks, n_chunks = stream_chunks(dataset, whitening, radius=box / 2 - 1, n_images=512, dose=dose, device=device), -(-dataset.n_images // 512)
+    for chunk in show_progress(chunks, "comparing images with volumes", total=n_chunks):
         row = chunk.row[chunk.owner]
         values, low = torch.zeros(6, len(row), device=device), torch.nonzero(chunk.k.norm(dim=1) <= box / 4)[:, 0]
         for label in labels[row].unique().tolist():

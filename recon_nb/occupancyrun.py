@@ -27,7 +27,7 @@ from torch import Tensor
 from .analysis import Decode, add_to_report, bind_decoder, choose_epoch, save_figures, tabulate_points
 from .blocks import OccupancyClasses, average_groups, classify_maps, compute_cooccupancy, order_leaves, plot_clustermap, plot_cooccupancy, plot_profiles, tabulate_order
 from .calibration import Calibration, apply_calibration, calibrate_occupancies
-from .core import InputError, Latents, Selection, Volume, write_atomic
+from .core import InputError, Latents, Selection, Volume, show_progress, write_atomic
 from .datasets import load_stack
 from .files import write_volume
 from .latent import Clusters, choose_colors, cluster_kmeans, mark_points, plot_points, run_pca, to_points
@@ -67,7 +67,7 @@ class ModelOnGrid:
         ratios = []
 
         def pass_by() -> Iterator[Volume]:
-            for volume in volumes:
+            for volume in show_progress(volumes, "measuring volumes", unit="volume"):
                 ratios.append(self.weights.measure(volume))
                 yield volume
 

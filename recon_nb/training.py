@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .caches import arrange_storage, choose_buffer
-from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, keep_freed_memory, make_generator, pick_device, seed_all, supports_bf16
+from .core import Batch, ConfigError, InputError, Latents, NumericalError, Poses, RunError, get_rank, get_world_size, is_main, keep_freed_memory, make_generator, pick_device, seed_all, show_progress, supports_bf16
 from .consensus import require_poses
 from .datasets import ParticleDataset, ParticleStack, count_batches, count_rows, find_free_memory, find_warnings, iterate_batches, load_stack, measure_contrast, order_epoch
 from .fourier import Lattice
@@ -724,7 +724,8 @@ def encode_all(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     parts, size = [], max(1, batch_size // int(dataset.counts.max()))
-    for batch in iterate_batches(dataset, size, shuffle=False, rank=get_rank(), world_size=get_world_size(), n_workers=n_workers):
+    batches = iterate_batches(dataset, size, shuffle=False, rank=get_rank(), world_size=get_world_size(), n_workers=n_workers)
+    for batch in show_progress(batches, "encoding", total=-(-dataset.n_particles // (size * get_world_size()))):
         placed = batch.to(device, non_blocking=True)
         if pose_table is not None:
             placed = dataclasses.replace(placed, poses=pose_table(placed.poses, dataset.find_rows(batch.particle).to(device)))
