@@ -841,10 +841,11 @@ def explore_run(
     dark: bool = False,  # a dark page
 ) -> None:
     "Explore a run in the browser: cloud, images, volumes, selections; ends with Ctrl-C."
-    source, opened = find_voila_template(), open_run(run)
+    opened = open_run(run)
     epoch = choose_epoch(opened, epoch)
     if opened.config.model.zdim == 0:
         raise InputError(f"{run} is homogeneous: it has one map and no latents to explore; `recon analyze` writes the map.")
+    source = find_voila_template()
     from voila.app import Voila
 
     options = {"epoch": epoch, "datadir": None if datadir is None else str(Path(datadir).absolute()), "device": device, "box": box, "low_pass": low_pass, "invert": invert}

@@ -2,8 +2,6 @@
 
 What the page does with plain data is tested in the notebooks on clouds, surfaces and explore; here it is driven with the mouse. Screenshots go to docs/_artefacts.
 """
-from importlib.util import find_spec
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,11 +74,18 @@ def test_support_of_a_large_cloud(large_run):
     assert volume.support > sparse.floor
 
 
-def test_what_cannot_be_explored_is_refused_before_a_page_opens(tmp_path):
-    with pytest.raises(ConfigError if find_spec('voila') is None else RunError, match='oila' if find_spec('voila') is None else 'not a run'):
+def test_what_cannot_be_explored_is_refused_before_a_page_opens(large_run, tmp_path, monkeypatch):
+    """A mistake about the run is named first; then, for a run that can be explored, what is not installed."""
+    flat = make_run(tmp_path / 'flat', zdim=0)
+    monkeypatch.setattr('recon_nb.explore.find_spec', lambda name: None)
+    with pytest.raises(RunError, match='not a run'):
         explore_run(str(tmp_path))
     with pytest.raises(InputError, match='homogeneous'):
-        load_exploration(make_run(tmp_path / 'flat', zdim=0))
+        explore_run(str(flat.path))
+    with pytest.raises(InputError, match='homogeneous'):
+        load_exploration(flat)
+    with pytest.raises(ConfigError, match=r'recon_nb\[app\]'):
+        explore_run(str(large_run.path))
 
 
 # ---------------------------------------------------------------- in the browser

@@ -8,14 +8,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from recon_nb.runs import make_config
 from recon_nb.simulate import make_phantom, simulate_stack, write_simulation
+from recon_nb.subspace import run_subspace
 from recon_nb.tiltsimulation import TiltScheme, list_dose_symmetric, simulate_tilts, write_tilts
 
 folder = Path(__file__).parents[1] / 'nbs/tutorials'
 names = sorted(path.stem for path in folder.glob('T*.ipynb'))
-unlike = {'T04_filtering': 'names no file of a user, and step 6 asserts nothing', 'T06a_explore': 'has no scale, and opens a run that is named elsewhere'}
-listed = [pytest.param(name, marks=pytest.mark.xfail(reason=unlike[name])) if name in unlike else name for name in names]  # pages that do not keep to the skeleton yet
-begin_later = ('T06a_explore', 'T09_in_the_cell')  # a run, tomograms and coordinates of one's own are named where they are used
+begin_later = ('T09_in_the_cell',)  # tomograms and coordinates of one's own are named where they are used
 
 
 def read_cells(name):
@@ -34,7 +34,7 @@ def test_all_are_here():
     assert {name[:3] for name in names} == {f'T{i:02d}' for i in range(14)}
 
 
-@pytest.mark.parametrize('name', listed)
+@pytest.mark.parametrize('name', names)
 def test_begins_with_goal_inputs_and_cost(name):
     (_, title), (_, opening) = read_cells(name)[:2]
     number = name.partition('_')[0]
@@ -46,7 +46,7 @@ def test_begins_with_goal_inputs_and_cost(name):
         assert word in cost, f'{name}: time and memory must say something of "{word}"; found {cost!r}'
 
 
-@pytest.mark.parametrize('name', listed)
+@pytest.mark.parametrize('name', names)
 def test_one_cell_sets_scale_and_data(name):
     cells = read_cells(name)
     setting = [i for i, (kind, source) in enumerate(cells) if kind == 'code' and re.search(r'^scale = ', source, re.MULTILINE)]
@@ -58,7 +58,7 @@ def test_one_cell_sets_scale_and_data(name):
         assert 'step 1' in cells[1][1], f'{name}: "Inputs" says that own data are named in step 1'
 
 
-@pytest.mark.parametrize('name', listed)
+@pytest.mark.parametrize('name', names)
 def test_steps_say_what_to_see_and_assert_it(name):
     steps = split_steps(name)
     numbers = [int(re.match(r'Step (\d+)\. \S', step)[1]) for step in steps]
@@ -75,13 +75,14 @@ def test_steps_say_what_to_see_and_assert_it(name):
 
 @pytest.fixture(scope='session')
 def own_data(tmp_path_factory):
-    "Files of a user: single particles, a tilt series."
+    "Files of a user: single particles, a tilt series, a run."
     path = tmp_path_factory.mktemp('own data')
     states = make_phantom('ribosome', 24)
     single = write_simulation(path / 'single', simulate_stack(states, 600, snr=1.0, seed=3))
     angles = list_dose_symmetric(48, 16)
     tilts = write_tilts(path / 'tilts', simulate_tilts(make_phantom('ribosome', 16), 60, scheme=TiltScheme(angles, 100 / len(angles)), snr=1.0, seed=3))
-    return {'single': str(single), 'tilts': str(tilts)}
+    run = run_subspace(path / 'run', make_config(str(single), changes={'model.rank': 4, 'model.manifold': 'linear', 'subspace.test': False, 'subspace.rounds': 0}))
+    return {'single': str(single), 'tilts': str(tilts), 'run': str(run.path)}
 
 
 def make_script(name, **constants):
@@ -94,7 +95,7 @@ def make_script(name, **constants):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, kind', [('T00_tour', 'single'), ('T01_inputs', 'single'), ('T02_checks', 'single'), ('T03_protocol', 'single'), ('T10_abinitio', 'single'), ('T11_large_data', 'single'), ('T13_extend', 'single'), ('T08_subtomograms', 'tilts')])
+@pytest.mark.parametrize('name, kind', [('T00_tour', 'single'), ('T01_inputs', 'single'), ('T02_checks', 'single'), ('T03_protocol', 'single'), ('T04_filtering', 'single'), ('T04_filtering', 'run'), ('T06a_explore', 'run'), ('T10_abinitio', 'single'), ('T11_large_data', 'single'), ('T13_extend', 'single'), ('T08_subtomograms', 'tilts')])
 def test_runs_on_own_data(name, kind, own_data, tmp_path):
     "What a user does: one cell changed, run all."
     script = tmp_path / f'{name}.py'
