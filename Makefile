@@ -14,7 +14,7 @@ help:
 	@echo 'make demo       simulate, train, analyse: a report on three states in $(DEMO)/'
 	@echo 'make test       everything: notebooks and modules in step, all notebooks, pytest'
 	@echo 'make test-fast  the daily part of it, under five minutes'
-	@echo 'make docs       the documentation site, from executed notebooks, in _docs/ (npm puts formulas and widgets in)'
+	@echo 'make docs       the documentation site, from executed notebooks, in _docs/ (npm puts formulas in)'
 	@echo 'make bench      the benchmarks; each prints a table'
 	@echo 'make bench-gpu  throughput and whole runs on one GPU; PEER=PYTHON names an environment with cryoDRGN 4.3.1'
 	@echo 'make clean      remove $(VENV) and what builds left behind'

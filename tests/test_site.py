@@ -199,6 +199,28 @@ def test_a_name_of_two_modules_is_the_one_that_is_meant():
     assert qualify_type('Poses | None', 'so3') == 'Poses | None'
 
 
+def test_widgets_need_no_kernel():
+    """A figure stays alive with its arrays, controls become words, what is hidden stays hidden; a view that was not kept whole leaves its plain text."""
+    from steps.process import is_progress, translate_output, widget_type
+    from steps.widgets import state_type
+
+    def model(name, buffers=(), **state):
+        return {'state': {'_model_name': name, **state}, 'buffers': list(buffers)}
+
+    array = {'encoding': 'base64', 'path': ['_widget_data', 0, 'x', 'buffer'], 'data': 'AACAPw=='}
+    lost = {'encoding': 'base64', 'path': ['_py2js_update', 'style_data', 'x', 0, 'buffer'], 'data': 'AACAPw=='}
+    models = {'box': model('VBoxModel', children=['IPY_MODEL_axis', 'IPY_MODEL_figure', 'IPY_MODEL_secret']),
+              'axis': model('DropdownModel', description='x', index=1, _options_labels=['pc1', 'pc2']),
+              'figure': model('AnyModel', [array, lost], _widget_data=[{'x': {'dtype': 'float32', 'shape': [1]}}], _widget_layout={'height': 300}, _py2js_update=None),
+              'secret': model('LabelModel', value='secret', layout='IPY_MODEL_none'), 'none': model('LayoutModel', display='none')}
+    view = {'output_type': 'display_data', 'metadata': {}, 'data': {widget_type: {'model_id': 'box'}, 'text/plain': 'VBox()'}}
+    shown = translate_output(view, {state_type: {'state': models}})['data']['text/html']
+    assert 'x pc2' in shown and '"bdata": "AACAPw=="' in shown and 'secret' not in shown
+    del models['axis']
+    assert translate_output(view, {state_type: {'state': models}})['data'] == {'text/plain': 'VBox()'}
+    assert is_progress({'data': {widget_type: {}, 'text/plain': 'one:   0 %|          | 00:00 < ?'}})
+
+
 def list_commands(text):
     """Return the lines that begin with `recon` in the fenced code of Markdown, continued lines joined, without comments."""
     blocks = re.findall(r'^```[a-z]*\n(.*?)^```', text, flags=re.S | re.M)

@@ -1,6 +1,6 @@
-"""Scripts that the pages need, kept in the site itself: plotly from its wheel, MathJax and the widget manager from npm, versions pinned.
+"""Scripts that the pages need, kept in the site itself: plotly from its wheel, MathJax from npm, its version pinned.
 
-Without npm the site still builds: formulas are then shown as their TeX source, and widgets as the text that names them.
+Without npm the site still builds: formulas are then shown as their TeX source.
 """
 import base64
 import hashlib
@@ -15,9 +15,6 @@ cache = Path(__file__).resolve().parents[1] / '_cache' / 'npm'
 packages = [
     ('mathjax', '3.2.2', 'Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==',
      {'es5/tex-chtml.js': 'mathjax/tex-chtml.js', 'es5/output/chtml/fonts/woff-v2': 'mathjax/output/chtml/fonts/woff-v2', 'LICENSE': 'mathjax/LICENSE'}),
-    ('@jupyter-widgets/html-manager', '1.0.14', 'wglgQQ+VMj+MBKkTttdeoMtOah/H2A1w5GU1OAVXmDQqZYTK6C+oHZjQMxcNezIpiqUjC1YHKOo5XdP3ENvBng==',
-     {'dist/embed-amd.js': 'widgets/embed-amd.js'}),
-    ('requirejs', '2.3.7', 'DouTG8T1WanGok6Qjg2SXuCMzszOo0eHeH9hDZ5Y4x8Je+9JB38HdTLT4/VA8OaUhBa0JPVHJ0pyBkM1z+pDsw==', {'require.js': 'widgets/require.js'}),
 ]
 
 
@@ -54,12 +51,10 @@ def unpack(archive, wanted, target):
 def vendor_assets(target):
     """Put all scripts below `target` (the site's _static); return the names of packages that could not be had."""
     plotly = Path(find_spec('plotly').origin).parent / 'package_data' / 'plotly.min.js'
-    anywidget = Path(find_spec('anywidget').origin).parent / 'nbextension' / 'index.js'
-    for source, place in ((plotly, 'plotly.min.js'), (anywidget, 'widgets/anywidget.js')):
-        file = target / place
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() or file.stat().st_size != source.stat().st_size:
-            shutil.copy(source, file)
+    file = target / 'plotly.min.js'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.stat().st_size != plotly.stat().st_size:
+        shutil.copy(plotly, file)
     missing = []
     for name, version, integrity, wanted in packages:
         archive = fetch_package(name, version, integrity)

@@ -24,6 +24,13 @@ seconds_a_notebook = 1500
 # cells put before and after a notebook's own while it runs for the site
 sharp = "%config InlineBackend.figure_formats = ['retina']"
 clock = 'import os as _os\nsum(_os.times()[:4])'
+# a figure sends later changes as messages; here each says once more what it shows now
+settle = '''import sys as _sys
+from copy import deepcopy as _deepcopy
+for _widget in list(_sys.modules['ipywidgets'].widgets.widget._instances.values()) if 'plotly.basewidget' in _sys.modules else ():
+    if isinstance(_widget, _sys.modules['plotly.basewidget'].BaseFigureWidget):
+        _widget._widget_data, _widget._widget_layout = _deepcopy(_widget._data), _deepcopy(_widget._layout_obj._props)
+'''
 
 
 def list_notebooks(only=()):
@@ -80,7 +87,7 @@ def hash_notebook(notebook):
     modules = {}
     for name in sorted(list_imported_modules(plain)):
         modules |= trace_module(name)
-    parts = [sharp, clock, *code, *(modules[name] for name in sorted(modules)), 'with data' if os.environ.get('RECON_NB_DATA') else 'without data']
+    parts = [sharp, settle + clock, *code, *(modules[name] for name in sorted(modules)), 'with data' if os.environ.get('RECON_NB_DATA') else 'without data']
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:20]
 
 
@@ -103,7 +110,7 @@ def run_notebook(path):
     The seconds are those of the processor, its kernel's children included, so that they say the same on a busy machine; 0 after an error.
     """
     run = nbformat.read(path, 4)
-    run.cells = [nbformat.v4.new_code_cell(sharp), *run.cells, nbformat.v4.new_code_cell(clock)]
+    run.cells = [nbformat.v4.new_code_cell(sharp), *run.cells, nbformat.v4.new_code_cell(settle + clock)]
     for cell in run.cells:
         if cell.cell_type == 'code':
             cell.outputs = []

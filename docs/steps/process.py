@@ -2,7 +2,6 @@
 import ast
 import copy
 import html
-import json
 import re
 from dataclasses import dataclass
 
@@ -15,8 +14,11 @@ from nbdev.process import NBProcessor
 from steps.definitions import describe_cell
 from steps.execute import list_imported_modules, notebooks
 from steps.symbols import link_prose, list_modules, name_module_page, relative
+from steps.widgets import freeze_widget, show_plotly
 
 plotly_type, widget_type = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
+# the page of all tables bears the name of the list that it stands in
+titles = {'benchmarks': 'Quality and speed'}
 notebook_link = re.compile(r'\[([^\]]*)\]\((?!https?:)([^)\s#]+)\.ipynb(#[^)\s]*)?\)')
 
 
@@ -92,26 +94,10 @@ def link_notebooks(markdown, source, page, pages):
     return notebook_link.sub(link, markdown)
 
 
-def show_plotly(data):
-    """Return a plotly figure as HTML that site.js draws when the page is open."""
-    figure = {'data': data.get('data', []), 'layout': data.get('layout', {}), 'config': data.get('config', {})}
-    height = figure['layout'].get('height', 450)
-    return f'<div class="plotly-figure" style="min-height:{int(height)}px"><script type="application/json">{json.dumps(figure).replace("</", "<" + chr(92) + "/")}</script></div>'
-
-
-def freeze_widget(data, widgets):
-    """Return a widget's view as HTML where it is a plotly figure, None otherwise."""
-    states = widgets.get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
-    state = states.get(data['model_id'], {}).get('state', {})
-    if '_data' in state or '_widget_data' in state:
-        return show_plotly({'data': state.get('_widget_data') or state.get('_data'), 'layout': state.get('_widget_layout') or state.get('_layout') or {}})
-    return None
-
-
 def is_progress(output):
     """Say whether an output is a progress bar, which means nothing once the cell is done."""
     data = output.get('data', {})
-    return widget_type in data and re.search(r'\d+%\|', ''.join(data.get('text/plain', ''))) is not None
+    return widget_type in data and re.search(r'\d+ ?%\|', ''.join(data.get('text/plain', ''))) is not None
 
 
 def translate_output(output, widgets):
@@ -123,7 +109,8 @@ def translate_output(output, widgets):
         return {**output, 'data': {'text/html': show_plotly(data[plotly_type])}}
     if widget_type in data:
         frozen = freeze_widget(data[widget_type], widgets)
-        return {**output, 'data': {'text/html': frozen}} if frozen else output
+        plain = {kind: value for kind, value in data.items() if kind != widget_type}
+        return {**output, 'data': {'text/html': frozen} if frozen else plain}
     return output
 
 
@@ -181,13 +168,12 @@ def process_notebook(path, record, pages):
     processor.process()
     matter = notebook.frontmatter_
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type != 'raw']
-    head = f'# {matter["title"]}\n\n<p class="subtitle">{html.escape(matter.get("description", ""))}</p>\n\n'
+    title = titles.get(page, matter['title'])
+    head = f'# {title}\n\n<p class="subtitle">{html.escape(matter.get("description", ""))}</p>\n\n'
     head += write_header(page, module, source, record['seconds'], pages)
     if record['error']:
         head += f'\n\n```{{note}}\nOutputs are missing below, because {html.escape(record["error"].splitlines()[0][:300])}.\n```'
     cells = [nbformat.v4.new_markdown_cell(head), *make_cells(notebook, record, page, source, pages, folded=not module and '/' not in page)]
     metadata = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}, 'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
     result = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-    if any(widget_type in output.get('data', {}) for cell in cells if cell.cell_type == 'code' for output in cell.outputs):
-        result.metadata['widgets'] = record['widgets']
-    return Page(page, matter['title'], matter.get('description', ''), module, source, result, record['seconds'], record['error'])
+    return Page(page, title, matter.get('description', ''), module, source, result, record['seconds'], record['error'])
