@@ -10,6 +10,7 @@ case $mode in full | fast) ;; *) echo "usage: tests/run.sh [fast]"; exit 2 ;; es
 
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # workers share the cores: threads that spin on a busy core cost more than they give
+export NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}   # the same for UMAP, whose threads spin too
 export MPLBACKEND=agg PYTHONHASHSEED=0
 failed=()
 committed=()
