@@ -221,7 +221,8 @@ def add_option(
     if "type" not in keywords and "choices" not in keywords:  # a switch
         either = shared and (section or option.default is None)  # a preset, a resumed run or the file may say yes: no must be possible
         keywords["action"] = argparse.BooleanOptionalAction if either else "store_false" if option.default else "store_true"
-        name = f"no-{name}" if keywords["action"] == "store_false" else name
+        if keywords["action"] == "store_false":
+            name, keywords["help"] = f"no-{name}", keywords["help"].removeprefix("False: ")  # the comment may say what no means
     else:
         keywords.setdefault("metavar", None if "choices" in keywords else option.name.split("_")[-1].upper())
     flags = (["-o"] if name == "out" else []) + [f"--{name}"] + ([f"--{synonyms[name]}"] if name in synonyms else [])

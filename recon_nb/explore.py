@@ -833,7 +833,7 @@ def explore_run(
     epoch: int | None = None,  # None = the latest
     datadir: str | None = None,  # folder of the image stacks where they have moved
     port: int = 8866,  # of this machine, where the page is served; the next free one where it is taken
-    browser: bool = True,  # open it
+    browser: bool = True,  # False: open no window of the browser
     box: int | None = None,  # px, of the volumes; None = the images'
     low_pass: float | None = None,  # Å, of the volumes
     invert: bool = False,  # negate the volumes
