@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -457,8 +456,8 @@ slips = {
     'replicate that is no run': ('replicate {run} {faulty}', ['faulty', 'not a run']),
     'converge over two epochs': ('converge {run}', ['2 epochs', 'three', '--keep-last']),
     'converge at an epoch that was not kept': ('converge {run} --epochs 1 2 9', ['9', '1, 2']),
-    'explore what is no run': ('explore {faulty} --no-browser', ['not a run'] if find_spec('voila') else ['recon_nb[app]']),
-    'explore an epoch that was not kept': ('explore {run} --no-browser --epoch 9', ['9', '1, 2'] if find_spec('voila') else ['recon_nb[app]']),
+    'explore what is no run': ('explore {faulty} --no-browser', ['not a run']),
+    'explore an epoch that was not kept': ('explore {run} --no-browser --epoch 9', ['9', '1, 2']),
     'demo into a folder with files': ('demo -o {faulty}', ['faulty', '-o']),
 }
 
