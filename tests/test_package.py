@@ -3,9 +3,9 @@ import configparser
 import email
 import json
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -54,8 +54,7 @@ def built(tmp_path_factory):
             target.write_bytes((root / name).read_bytes())
     build = 'import sys; from setuptools import build_meta; sys.stdout.write("\\n" + getattr(build_meta, sys.argv[1])(sys.argv[2]))'
     sdist = out / run('-c', build, 'build_sdist', out, cwd=source).splitlines()[-1]
-    with tarfile.open(sdist) as archive:
-        archive.extractall(out / 'unpacked', filter='data')
+    shutil.unpack_archive(sdist, out / 'unpacked')
     wheel = out / run('-c', build, 'build_wheel', out, cwd=next((out / 'unpacked').iterdir())).splitlines()[-1]
     return sdist, wheel
 
