@@ -1,18 +1,21 @@
 """The loop with models that misbehave, with random layers, with settings at their edges."""
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from recon_nb.cli import main
 from recon_nb.core import Batch, ConfigError, InputError, NumericalError, Poses, RunError
 from recon_nb.datasets import ParticleDataset, ParticleStack
 from recon_nb.losses import LossTerms
-from recon_nb.runs import Checkpoint, create_run, make_config, open_run, read_log
+from recon_nb.runs import Checkpoint, Stage, collect_log, create_run, make_config, open_run, read_log
 from recon_nb.training import encode_all, fit, load_dataset, load_model, train_run
 
 SETTINGS = {'model.zdim': 2, 'train.batch_size': 8, 'train.epochs': 3, 'train.bf16': False, 'train.learning_rate': 1e-2}
@@ -177,7 +180,7 @@ def test_what_was_inferred_is_in_the_log(tmp_path, data_dir):
     small = {**SETTINGS, 'model.encoder_dim': 16, 'model.decoder_dim': 16, 'train.epochs': 1, 'data.box': 32}
     run = train_run(tmp_path / 'a', make_config(str(data_dir / 'images' / 'relion_proj_batch.star'), changes=small), device='cpu')
     text = (run.path / 'log.txt').read_text()
-    assert 'dark particles: no (assumed; the file does not say)' in text and 'epoch 1: total' in text
+    assert 'dark particles: no (assumed; the file does not say)' in text and 'epoch 1 of 1: total loss' in text
     assert run.inputs['data']['box'] == 32 and run.inputs['files']['particles']['bytes'] > 0
 
 
@@ -224,3 +227,37 @@ def test_batch_size_is_settled_once(tmp_path, monkeypatch):
     train_run(tmp_path / 'a', stack=stack, device='cpu', changes={'train.epochs': 2})
     assert open_run(run.path).config.train.batch_size == settled
     assert 'auto; about' in (run.path / 'log.txt').read_text()
+
+
+# ---------------------------------------------------------------- what a training says
+
+class Eager(Stage):
+    """A stage that speaks after a hundredth of the time."""
+
+    def __init__(self, doing, *, delay=10.0, closing=True):
+        super().__init__(doing, delay=delay / 1000, closing=closing)
+
+
+@pytest.mark.parametrize('has_bars', [False, True])
+def test_a_long_epoch_says_how_far_it_is(tmp_path, monkeypatch, has_bars):
+    """Without a terminal the screen gets lines with the time left; with one it has a bar, and the lines are kept in log.txt only."""
+    monkeypatch.setattr('recon_nb.training.Stage', Eager)
+    monkeypatch.setattr('sys.stderr.isatty', lambda: has_bars, raising=False)
+    model, dataset, run = start(tmp_path / 'run', train__epochs=1)
+    with collect_log() as records:
+        list(fit(model, dataset, run, device='cpu', on_step=lambda *step: time.sleep(0.05)))
+    said = [(record.name, record.getMessage()) for record in records if 'done, about' in record.getMessage()]
+    assert said and all(re.fullmatch(r'epoch 1 of 1(, for \d+ s now)?; \d+% done, about \d+ s left', words) for _, words in said), said
+    assert {name for name, _ in said} == {'recon_nb.stages' if has_bars else 'recon_nb'}
+
+
+def test_training_speaks_where_there_is_no_terminal(tmp_path, capsys):
+    """A batch queue's log holds a line at the start and one for every epoch, with the time left but for the last."""
+    assert main(['simulate', '-o', str(tmp_path / 'data'), '--n-particles', '40', '--box', '16']) == 0
+    small = '--start none --encoder-dim 16 --decoder-dim 16 --epochs 3 --n-workers 0 --no-analysis --device cpu'.split()
+    capsys.readouterr()
+    assert main(['train', str(tmp_path / 'data/particles.star'), '-o', str(tmp_path / 'run'), *small]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'epoch' in line]
+    assert lines[0] == 'recon train: training on cpu: epoch 1 of 3 begins, 40 particles', lines
+    assert [re.match(r'recon train: epoch (\d) of 3: total loss [\d.]+, squared error per pixel', line)[1] for line in lines[1:]] == ['1', '2', '3']
+    assert [line.endswith(' left') for line in lines[1:]] == [True, True, False]
