@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 
 from .analysis import add_to_report, choose_epoch, read_csv, save_figures
-from .core import InputError, Latents, okabe_ito, suggest_names, write_atomic
+from .core import InputError, Latents, choose_evenly, okabe_ito, suggest_names, write_atomic
 from .datasets import load_stack
 from .files import read_star_blocks
 from .latent import LabelAgreement, cluster_gmm, cluster_kmeans, compute_label_accuracy, to_points
@@ -213,7 +213,7 @@ def compare_neighbors(
     if n_points != len(second) or n_points < 10:
         raise InputError(f"Neighbourhoods are compared of the same particles, ten at least; found {n_points} and {len(second)}.")
     sizes = np.unique(np.geomspace(5, max(6, min(n_points // 4, 2000)), 8).astype(int)) if sizes is None else np.asarray(sizes)
-    asked = np.unique(np.linspace(0, n_points - 1, min(n_points, max_particles)).astype(int))
+    asked = choose_evenly(n_points, max_particles)
     overlap = np.zeros(len(sizes))
     near = [cKDTree(points).query(points[asked], k=min(sizes.max() + 1, n_points))[1] for points in (first, second)]
     for particle, *listed in zip(asked, *near):
@@ -234,7 +234,7 @@ def explain_latents(
 ) -> float:  # at most 1
     "Return the fraction of the variance of b that neighbours in a, the particle itself left out, explain."
     first, second = to_points(a), to_points(b)
-    asked = np.unique(np.linspace(0, len(first) - 1, min(len(first), max_particles)).astype(int))
+    asked = choose_evenly(len(first), max_particles)
     near = cKDTree(first).query(first[asked], k=min(k + 1, len(first)))[1]
     own = near == asked[:, None]
     own[~own.any(axis=1), -1] = True  # more duplicates than neighbours asked for

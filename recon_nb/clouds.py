@@ -17,9 +17,9 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from .analysis import choose_epoch
-from .core import InputError, Latents, suggest_names
+from .core import InputError, Latents, choose_evenly, suggest_names
 from .files import CryosparcSource, ParticleTable, StarSource
-from .latent import run_pca, to_points
+from .latent import count_support, find_support_floor, find_support_radius, run_pca, to_points
 from .runs import RunFolder
 from .selection import find_inside
 from .so3 import get_view_direction
@@ -250,6 +250,7 @@ class Support:
     tree: cKDTree  # of all particles
     radius: float  # latent units
     floor: int  # particles; so few or fewer are poor support
+    typical: int  # particles, support of a typical particle
 
     def count(
         self,
@@ -263,29 +264,18 @@ class Support:
         n: int,  # particles around a point
     ) -> str:
         "Say how well a point is supported, for people."
-        text = f"{n} particle{' backs' if n == 1 else 's back'} this volume, within {self.radius:.3g} of it in latent space"
-        return text + (f": poor support ({self.floor} or fewer), it may be made up" if n <= self.floor else "")
+        text = f"{n:,} particle{' is' if n == 1 else 's are'} near this volume in latent space, where a typical particle has {self.typical:,}"
+        return text + (f": poor support ({self.floor:,} or fewer), it may be made up" if n <= self.floor else "")
 
 # %% ../nbs/57_clouds.ipynb #aea24485
 def measure_support(
     z: Latents | np.ndarray,  # (P, Z)
-    *,
-    n_asked: int = 4000,  # particles from which the radius and the floor are found
-    mean_neighbors: float = 5.0,  # as in `latent.build_neighbor_graph`
-    max_neighbors: int = 10,  # as there
-    percentile: float = 5.0,  # of the particles' own support, which is the floor
 ) -> Support:
-    "Find the radius of support, and what counts as poor."
+    "Find the radius of support, what is typical within it and what counts as poor."
     cloud = to_points(z)
-    tree, n_listed = cKDTree(cloud), min(max_neighbors, len(cloud) - 1)
-    if n_listed < 1:
-        return Support(tree, 0.0, 1)
-    asked = np.unique(np.linspace(0, len(cloud) - 1, min(n_asked, len(cloud))).astype(np.int64))
-    distance = tree.query(cloud[asked], k=n_listed + 1)[0][:, 1:].ravel()
-    n_edges = min(int(round(mean_neighbors * len(asked))), distance.size)
-    threshold = np.partition(distance, n_edges - 1)[n_edges - 1]
-    found = Support(tree, float(distance[distance <= threshold].mean()), 1)
-    return replace(found, floor=max(1, int(np.percentile(found.count(cloud[asked]), percentile))))
+    radius = find_support_radius(cloud)
+    found = Support(cKDTree(cloud), radius, find_support_floor(cloud, radius), 1)
+    return replace(found, typical=int(np.quantile(found.count(cloud[choose_evenly(len(cloud), 300)]), 0.5, method="higher")))
 
 # %% ../nbs/57_clouds.ipynb #41b77a14
 def draw_sample(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Item', 'okabe_ito', 'ReconError', 'InputError', 'MissingStackError', 'ConfigError', 'RunError', 'NumericalError',
            'suggest_names', 'TensorRecord', 'Poses', 'CTFParams', 'TiltInfo', 'FlatImages', 'Batch', 'Volume',
-           'Latents', 'Selection', 'write_atomic', 'make_generator', 'seed_all', 'rank_within', 'pick_device',
-           'get_rank', 'get_world_size', 'is_main', 'show_progress', 'supports_bf16', 'autocast_bf16',
+           'Latents', 'Selection', 'write_atomic', 'make_generator', 'seed_all', 'rank_within', 'choose_evenly',
+           'pick_device', 'get_rank', 'get_world_size', 'is_main', 'show_progress', 'supports_bf16', 'autocast_bf16',
            'keep_freed_memory']
 
 # %% ../nbs/00_core.ipynb #8862da45
@@ -407,6 +407,14 @@ def rank_within(
     counts = torch.unique(particle, return_counts=True)[1]
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device) - first)
+
+# %% ../nbs/00_core.ipynb #95bca5d1
+def choose_evenly(
+    n: int,  # things
+    most: int,  # of them to take
+) -> np.ndarray:  # (<= most,) int64 rows, ascending, none twice
+    "Return rows that are spread evenly over all; all of them where they are few."
+    return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)
 
 # %% ../nbs/00_core.ipynb #d4edaf24
 def pick_device(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['to_points', 'name_rows', 'choose_colors', 'PCAResult', 'run_pca', 'plot_explained_variance', 'run_umap',
            'find_nearest_rows', 'Clusters', 'sort_centers', 'make_clusters', 'cluster_kmeans', 'cluster_gmm',
-           'summarize_clusters', 'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'count_support',
-           'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'bridge_gap', 'explain_gap',
-           'plot_support', 'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy', 'plot_points',
-           'plot_density', 'plot_histogram', 'mark_points', 'import_plotly', 'finish_volume', 'decode_points',
-           'generate_volumes', 'make_montage', 'plot_montage']
+           'summarize_clusters', 'plot_cluster_sizes', 'NeighborGraph', 'build_neighbor_graph', 'find_support_radius',
+           'count_support', 'find_support_floor', 'Traversal', 'traverse_pc', 'traverse_graph', 'bridge_gap',
+           'explain_gap', 'plot_support', 'compute_knn_correlation', 'LabelAgreement', 'compute_label_accuracy',
+           'plot_points', 'plot_density', 'plot_histogram', 'mark_points', 'import_plotly', 'finish_volume',
+           'decode_points', 'generate_volumes', 'make_montage', 'plot_montage']
 
 # %% ../nbs/50_latent.ipynb #c6253c21
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .core import ConfigError, InputError, Latents, NumericalError, Volume, okabe_ito, suggest_names
+from .core import ConfigError, InputError, Latents, NumericalError, Volume, choose_evenly, okabe_ito, suggest_names
 from .volumes import flip_hand as mirror_volume
 from .volumes import low_pass as low_pass_volume
 
@@ -323,29 +323,44 @@ def build_neighbor_graph(
     return NeighborGraph(matrix, float(threshold), float(distance[keep].mean()), mean_neighbors, max_neighbors)
 
 # %% ../nbs/50_latent.ipynb #617dd4f3
+def find_support_radius(
+    z: Latents | Tensor | np.ndarray,  # (P, Z)
+    *,
+    n_near: int = 10,  # others within the radius of a typical particle, at least
+    fraction: float = 1e-3,  # of all particles, at least
+    max_points: int = 20_000,  # particles between which distances are taken, evenly chosen
+    n_asked: int = 4000,  # of them, whose neighbours are looked for
+) -> float:  # latent units
+    "Return the distance within which a typical particle has its neighbours; 0 for one particle."
+    cloud = to_points(z)
+    near = max(n_near, fraction * len(cloud))
+    thinned = cloud[choose_evenly(len(cloud), max_points)]
+    k = min(max(1, round(near * len(thinned) / len(cloud))), len(thinned) - 1)  # 0 for one particle, whose distance to itself is 0
+    distance = cKDTree(thinned).query(thinned[choose_evenly(len(thinned), n_asked)], k=[k + 1])[0]
+    return float(np.quantile(distance, 0.5, method="higher"))
+
+# %% ../nbs/50_latent.ipynb #ae7b9a8a
 def count_support(
     z: Latents | Tensor | np.ndarray,  # (P, Z)
     points: np.ndarray,  # (N, Z) where to ask
-    radius: float | None = None,  # latent units; the mean neighbour distance of z where absent
+    radius: float | None = None,  # latent units; that of `find_support_radius` where absent
 ) -> np.ndarray:  # (N,) int64
     "Return how many particles lie within `radius` of every point."
     cloud = to_points(z)
-    if radius is None:
-        radius = build_neighbor_graph(cloud).mean_distance if len(cloud) > 1 else 0.0
+    radius = find_support_radius(cloud) if radius is None else radius
     return cKDTree(cloud).query_ball_point(to_points(points), radius * (1 + 1e-9), return_length=True).astype(np.int64)
 
 # %% ../nbs/50_latent.ipynb #a91bda47
 def find_support_floor(
     z: Latents | Tensor | np.ndarray,  # (P, Z)
-    radius: float | None = None,  # latent units; the mean neighbour distance of z where absent
+    radius: float | None = None,  # latent units; that of `find_support_radius` where absent
     *,
-    percentile: float = 5.0,  # of the particles' own support
-    max_points: int = 20_000,  # particles asked, evenly chosen
+    percentile: float = 10.0,  # of the particles' own support
+    n_asked: int = 1000,  # particles, evenly chosen
 ) -> int:  # at least 1
     "Return the largest support that counts as poor: what the loneliest particles of the cloud have themselves."
     cloud = to_points(z)
-    asked = np.unique(np.linspace(0, len(cloud) - 1, min(len(cloud), max_points)).astype(int))
-    return max(1, int(np.percentile(count_support(cloud, cloud[asked], radius), percentile)))
+    return max(1, int(np.percentile(count_support(cloud, cloud[choose_evenly(len(cloud), n_asked)], radius), percentile)))
 
 # %% ../nbs/50_latent.ipynb #74747340
 @dataclass(frozen=True)
@@ -355,7 +370,7 @@ class Traversal:
     name: str  # for example 'pc1'; names the folder
     z: np.ndarray  # (N, Z)
     row: np.ndarray  # (N,) int64, row of the particle at the point; -1 between particles
-    support: np.ndarray  # (N,) int64, particles within the mean neighbour distance
+    support: np.ndarray  # (N,) int64, particles within the radius of support
     is_anchor: np.ndarray  # (N,) bool, True at the points that the user named
     floor: int = 1  # particles, the largest support that counts as poor
     anchor: tuple[str, ...] = ()  # N names of the anchors, '' between them; empty where there are none
@@ -390,7 +405,7 @@ def traverse_pc(
     n_points: int = 10,
     percentiles: tuple[float, float] = (5.0, 95.0),  # of the coordinate, where the path starts and ends
     on_data: bool = False,  # snap every point to the nearest particle
-    radius: float | None = None,  # latent units, of the support; the mean neighbour distance where absent
+    radius: float | None = None,  # latent units, of the support; that of `find_support_radius` where absent
 ) -> Traversal:
     "Return the straight path through the mean along a principal component."
     points = to_points(z)
@@ -436,8 +451,9 @@ def traverse_graph(
             leg.append(int(came_from[leg[-1]]))
         rows += leg[-2::-1]
         named += [""] * (len(leg) - 2) + [label] * (len(leg) > 1)
-    row, radius = np.array(rows, dtype=np.int64), graph.mean_distance
+    row = np.array(rows, dtype=np.int64)
     step = np.linalg.norm(np.diff(points[row], axis=0, prepend=points[row[:1]]), axis=1)
+    radius = find_support_radius(points)
     support, floor = count_support(points, points[row], radius), find_support_floor(points, radius)
     return Traversal("graph", points[row], row, support, np.array(named) != "", floor, tuple(named), step > graph.threshold * (1 + 1e-9))
 
@@ -488,7 +504,7 @@ def plot_support(
     for point in number[path.support == 0]:
         ax.annotate("×", (point, 0), xytext=(0, 1), textcoords="offset points", ha="center", color=okabe_ito[3], fontsize=8)
     ax.axhline(path.floor + 0.5, color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="point of the path", ylabel="particles within the\nmean neighbour distance", ylim=(0, 1.25 * max(path.support.max(), path.floor + 1)))
+    ax.set(xlabel="point of the path", ylabel="particles within the\nradius of support", ylim=(0, 1.25 * max(path.support.max(), path.floor + 1)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{poor.sum()} of {len(path)} points poorly supported ({path.floor} or fewer)", fontsize=9)
     for point in np.flatnonzero(path.is_anchor) if path.anchor else ():
@@ -564,7 +580,7 @@ def plot_points(
 ) -> Axes:
     "Draw a cloud as dots, coloured by class or by value."
     ax = plt.subplots()[1] if ax is None else ax
-    shown = np.unique(np.linspace(0, len(points) - 1, min(len(points), max_points)).astype(int))
+    shown = choose_evenly(len(points), max_points)
     style = {"s": float(np.clip(20_000 / len(shown), 1, 25)), "linewidths": 0, "rasterized": True}
     x, y = points[shown, 0], points[shown, 1]
     if labels is not None:

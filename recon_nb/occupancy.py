@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import InputError, NumericalError, Volume, suggest_names
+from .core import InputError, NumericalError, Volume, choose_evenly, suggest_names
 from .simulate import Atoms, join_atoms, read_atoms, simulate_density
 from .volumes import check_same_grid, correlate_volumes, flip_hand
 
@@ -395,7 +395,7 @@ def fit_occupancies(
     n_learn: int = 40,  # at most so many maps, evenly chosen, make the transfer function
 ) -> OccupancyFit:
     "Fit every map as a sum of subunits with amounts that are not negative, a scale and a constant of its own."
-    chosen = np.unique(np.linspace(0, len(volumes) - 1, min(n_learn, len(volumes))).round().astype(int))
+    chosen = choose_evenly(len(volumes), n_learn)
     basis, noise = prepare_basis([volumes[i] for i in chosen], densities, names=names, resolution=resolution)
     return fit_projections(basis, *basis.project(volumes), noise=noise)
 

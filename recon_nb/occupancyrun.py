@@ -27,7 +27,7 @@ from torch import Tensor
 from .analysis import Decode, add_to_report, bind_decoder, choose_epoch, save_figures, tabulate_points
 from .blocks import OccupancyClasses, average_groups, classify_maps, compute_cooccupancy, order_leaves, plot_clustermap, plot_cooccupancy, plot_profiles, tabulate_order
 from .calibration import Calibration, apply_calibration, calibrate_occupancies
-from .core import InputError, Latents, Selection, Volume, show_progress, write_atomic
+from .core import InputError, Latents, Selection, Volume, choose_evenly, show_progress, write_atomic
 from .datasets import load_stack
 from .files import write_volume
 from .latent import Clusters, choose_colors, cluster_kmeans, mark_points, plot_points, run_pca, to_points
@@ -166,7 +166,7 @@ def occupy_latents(
     points = to_points(latents)
     clusters = cluster_kmeans(latents, min(k, len(np.unique(points, axis=0))), seed=seed)
     centers = points[clusters.center_row]
-    chosen = np.unique(np.linspace(0, len(centers) - 1, min(40, len(centers))).round().astype(int))
+    chosen = choose_evenly(len(centers), 40)
     placed = place_model(subunits, list(decode(centers[chosen])), resolution=resolution, allow_misfit=allow_misfit)
     fit, ratios = placed.measure(decode(centers))
     rows = np.flatnonzero(~find_empty(fit, find_limits(fit)))

@@ -59,12 +59,12 @@ def test_walk_is_on_data_and_says_where_it_hangs_in_the_air(zdim, n, seed):
 
 
 def test_few_particles_of_a_cloud_are_poorly_supported():
-    """The bound is the particles' own: about one in twenty lies below it where counts are large."""
+    """The bound is the particles' own: about one in ten lies below it where counts are large."""
     cloud = np.random.default_rng(0).normal(size=(4000, 2))
     path = traverse_pc(cloud, 0, on_data=True, radius=0.5)
     floor = find_support_floor(cloud, 0.5)
     assert path.floor == floor > 5
-    assert find_support_floor(cloud, 0.5, max_points=500) == pytest.approx(floor, rel=0.3)
+    assert find_support_floor(cloud, 0.5, n_asked=500) == pytest.approx(floor, rel=0.3)
 
 
 def test_walk_of_a_run_carries_names_and_support(tmp_path):
