@@ -139,11 +139,30 @@ class HeterogeneityTest:
         "Whether the gain exceeds .2 nats and five standard errors."
         return is_called(self.gain, self.gain_error)
 
+    @property
+    def sureness(self) -> str:
+        "How sure the verdict is, in words."
+        z = self.gain / max(self.gain_error, 1e-12)
+        if self.is_heterogeneous:
+            return f"{z:.0f} standard errors, where 5 would do"
+        return "a hint, not enough to build on" if z > 3 and self.gain > 0.05 else "nothing beyond chance"
+
     def describe(self) -> str:
-        "Return the verdict in words."
-        verdict = "heterogeneous" if self.is_heterogeneous else "no heterogeneity found"
-        return (f"{verdict}: directions gain {self.gain:.2f} +- {self.gain_error:.2f} nats per particle on held-out particles over a rigid molecule "
-                f"with errors of contrast ({100 * self.contrast_sd:.0f} %), orientation ({self.rotation_error:.1f} degrees) and position ({self.shift_error:.1f} Å)")
+        "Return the verdict, how sure it is, and what was compared, in words."
+        errors = f"misplaced (by {self.rotation_error:.1f} degrees and {self.shift_error:.1f} Å) and vary in contrast (by {100 * self.contrast_sd:.0f} %)"
+        rigid, gain = f"one rigid molecule whose images may be {errors}", f"{self.gain:.2f} +- {self.gain_error:.2f} nats per particle"
+        if self.is_heterogeneous:
+            times = f"{math.exp(self.gain):,.2g}" if self.gain < 4 else f"{math.exp(self.gain):,.0f}" if self.gain < 10 else "more than 10,000"
+            return f"The particles differ (heterogeneous; {self.sureness}): images that were held back are {times} times as likely as for {rigid} (a gain of {gain})."
+        return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}): {rigid} explains images that were held back as well "
+                f"(a gain of {gain}; at least 0.2 and 5 standard errors are asked for).")
+
+    def advise(self) -> str:
+        "Return what the verdict allows, and what to do next."
+        if self.is_heterogeneous:
+            return "Next: look at the volumes and at how many particles stand behind each of them; recon train starts from such latents and draws finer detail."
+        return ("Take the latents and the differences between the volumes of this run for noise or for those errors: do not read states into them. It is no proof that all particles "
+                "are alike: differences may be smaller than these images show. Next: check poses and CTF (recon doctor), use more particles or a larger box; else one map (recon backproject) says it all.")
 
 # %% ../nbs/34b_nulls.ipynb #ddb558ee
 test_rank = 6  # directions of the test: enough to notice, few enough to be sure of

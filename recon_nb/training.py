@@ -12,7 +12,7 @@ __all__ = ['rate_schedules', 'rate_scales', 'largest_batch', 'loss_names', 'draw
            'choose_shown', 'walk_epoch', 'fit', 'Stopwatch', 'summarize_epoch', 'encode_all', 'choose_encoded',
            'measure_spread', 'build_run_model', 'compile_model', 'log_suspicions', 'load_dataset', 'load_model',
            'load_pose_table', 'encode_epoch', 'require_trainable', 'prepare_training', 'choose_teach_steps',
-           'start_encoder', 'save_start', 'train_run']
+           'start_encoder', 'save_start', 'announce_epochs', 'train_run']
 
 # %% ../nbs/41_training.ipynb #45b513a5
 import dataclasses
@@ -23,7 +23,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -966,6 +966,21 @@ def save_start(
     save_progress(run, Learner(model.to(device), dataset, train), Progress())
     wait_for_team()
 
+# %% ../nbs/41_training.ipynb #86d2a372
+def announce_epochs(
+    epochs: Iterable[EpochStats],  # of `fit`
+    run: RunFolder,
+    n_particles: int,  # P
+) -> Iterator[EpochStats]:  # the same
+    "Walk through epochs, with a line in the log for each."
+    logger, began, n_epochs, before = logging.getLogger("recon_nb"), time.monotonic(), run.config.train.epochs, run.epochs[-1] if run.epochs else 0
+    if before < n_epochs:
+        logger.info(f"training on {n_particles:,} particles: epoch {before + 1} of {n_epochs} begins")
+    for stats in epochs:
+        left = (n_epochs - stats.epoch) * (time.monotonic() - began) / (stats.epoch - before)
+        logger.info(stats.describe(n_epochs, left))
+        yield stats
+
 # %% ../nbs/41_training.ipynb #6822272d
 def train_run(
     path: str | Path,  # the run folder
@@ -998,16 +1013,11 @@ def train_run(
             write_particles_csv(open_run(path), dataset.stack.source_row, dataset.stack.particle)
         wait_for_team()
         run = open_run(path)
-        with record_log(run, earlier) if is_main() else nullcontext(logging.getLogger("recon_nb")) as logger:
+        with record_log(run, earlier) if is_main() else nullcontext():
             if is_started:
                 save_start(run, model, dataset, device=device)
             if run.epochs:
                 encode_epoch(run, dataset, run.epochs[-1], device=device)
-            began, before = time.monotonic(), run.epochs[-1] if run.epochs else 0
-            if before < config.train.epochs:
-                logger.info("training on %s: epoch %d of %d begins, %s particles", device, before + 1, config.train.epochs, f"{dataset.n_particles:,}")
-            for stats in fit(model, dataset, run, device=device, on_step=on_step):
-                left = (config.train.epochs - stats.epoch) * (time.monotonic() - began) / (stats.epoch - before)
-                logger.info(stats.describe(config.train.epochs, left))
+            for stats in announce_epochs(fit(model, dataset, run, device=device, on_step=on_step), run, dataset.n_particles):
                 encode_epoch(run, dataset, stats.epoch, model=model)
     return run

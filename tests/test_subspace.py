@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,10 @@ from recon_nb.dose import attenuate_by_dose, weight_by_tilt
 from recon_nb.files import open_stack, read_particles, read_volume
 from recon_nb.latent import compute_knn_correlation
 from recon_nb.ppca import collect_statistics, fit_ppca
-from recon_nb.runs import make_config, open_run, read_log
+from recon_nb.runs import Stage, make_config, open_run, read_log
 from recon_nb.simulate import draw_poses, make_phantom, simulate_stack
 from recon_nb.starts import fit_subspace
-from recon_nb.subspace import run_subspace
+from recon_nb.subspace import describe_subspace, run_subspace
 from recon_nb.training import load_model, train_run
 
 root = Path(__file__).resolve().parent.parent
@@ -148,6 +149,29 @@ def test_two_processes_refine_the_volumes_of_one(star, tmp_path):
     torch.testing.assert_close(y, x, rtol=0, atol=0.05)
     ours, theirs = (model.decode_volumes(z[::30]) for model, z in zip(models, (x, y), strict=True))
     assert float((ours - theirs).norm() / (ours - ours.mean(0)).norm()) < 0.02  # of what differs between particles
+
+
+# ---------------------------------------------------------------- what it says
+
+def test_a_fit_says_what_it_does_and_what_it_found(star, tmp_path, capsys, monkeypatch):
+    """In plain words: first what goes on, where no terminal shows a bar; at the end the verdict, how sure it is, and what to do next."""
+    monkeypatch.setattr('recon_nb.subspace.Stage', lambda doing: Stage(doing, delay=1e-3))
+    status, out, err = call(capsys, 'subspace', star, '-o', tmp_path / 'run', '--zdim', 1, '--no-analysis', *quick)
+    lines = [line.removeprefix('recon subspace: ') for line in err.splitlines()]
+    for doing in ('asking whether the particles differ at all (301 particles)', 'finding in what they differ (301 particles, 2 directions)'):
+        assert doing in lines and any(line.startswith(f'{doing}: done in ') for line in lines), err
+    assert status == 0 and re.match(r'The particles differ \(heterogeneous; \d+ standard errors, where 5 would do\)', out), out
+    assert 'times as likely' in out and 'no epochs' in out and 'Next: look at the volumes' in out
+
+
+def test_a_rigid_molecule_is_said_to_be_one(tmp_path):
+    """The warning is in the log, and so at the top of the report."""
+    stack = simulate_stack(make_phantom('ribosome', 16, seed=0)[-1:], 300, snr=1.0, seed=0).stack
+    config = make_config(changes={**few, 'model.manifold': 'curve', 'model.zdim': 1, 'subspace.rounds': 0, 'subspace.test': True})
+    run = run_subspace(tmp_path / 'run', config, stack=stack, device='cpu')
+    words = describe_subspace(run)
+    assert words.startswith('No difference between the particles was found') and 'do not read states into them' in words and 'recon doctor' in words, words
+    assert 'WARNING No difference between the particles was found' in (run.path / 'log.txt').read_text()
 
 
 # ---------------------------------------------------------------- tilt series

@@ -258,6 +258,6 @@ def test_training_speaks_where_there_is_no_terminal(tmp_path, capsys):
     capsys.readouterr()
     assert main(['train', str(tmp_path / 'data/particles.star'), '-o', str(tmp_path / 'run'), *small]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if 'epoch' in line]
-    assert lines[0] == 'recon train: training on cpu: epoch 1 of 3 begins, 40 particles', lines
+    assert lines[0] == 'recon train: training on 40 particles: epoch 1 of 3 begins', lines
     assert [re.match(r'recon train: epoch (\d) of 3: total loss [\d.]+, squared error per pixel', line)[1] for line in lines[1:]] == ['1', '2', '3']
     assert [line.endswith(' left') for line in lines[1:]] == [True, True, False]
