@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tabulate_particles', 'find_odd', 'cluster_latents', 'summarize_quality', 'read_outline', 'choose_particles',
            'draw_filter', 'draw_examples', 'locate_selection', 'load_selection', 'prepare_output', 'load_compared',
-           'write_choice', 'filter_run', 'join_table', 'make_filter_section', 'pick_particles']
+           'write_choice', 'describe_choice', 'filter_run', 'join_table', 'make_filter_section', 'pick_particles']
 
 # %% ../nbs/52d_filtering.ipynb #6ce094f9
 from collections.abc import Mapping, Sequence
@@ -131,7 +131,8 @@ def choose_particles(
     if method in ("kmeans", "gmm"):
         made = cluster_latents(table, method, k, seed)
         keep = keep_clusters(made.labels, table["contrast"].to_numpy(), find_odd(table["residual"])) if clusters is None else list(clusters)
-        return select_clusters(made, keep, **whose), summarize_quality(made.labels, table, keep)
+        chosen, quality = select_clusters(made, keep, **whose), summarize_quality(made.labels, table, keep)
+        return chosen if keep else replace(chosen, reason=f"in none of {made.n_clusters} clusters do the images hold a particle and nothing else"), quality
     if method == "outline":
         if outline is None:
             raise InputError("The method outline needs --outline, a csv of corners.")
@@ -200,8 +201,8 @@ def load_selection(
     path = locate_selection(run, name)
     if path.is_file():
         return Selection.load(path)
-    known = sorted(other.stem for other in path.parent.glob("*.json"))
-    raise InputError(f"There is no selection {path}; {path.parent} holds {', '.join(known) or 'none'}.{suggest_names(path.stem, known) if known else ''}")
+    known, where = sorted(other.stem for other in path.parent.glob("*.json")), "this folder" if path.parent == Path() else path.parent
+    raise InputError(f"There is no selection {path}; {where} holds {', '.join(known) or 'no .json file'}.{suggest_names(path.stem, known) if known else ''} recon filter makes one.")
 
 # %% ../nbs/52d_filtering.ipynb #1b8feced
 def prepare_output(
@@ -244,6 +245,20 @@ def write_choice(
     if not len(chosen):
         return [path]
     return [path, write_selected(path.with_suffix(".cs" if isinstance(own.source, CryosparcSource) else ".star"), own, chosen)]
+
+# %% ../nbs/52d_filtering.ipynb #15c5c4a6
+def describe_choice(
+    chosen: Selection,
+    n_seen: int | None = None,  # particles that could be chosen; None = all of the file
+) -> str:
+    "Say how many particles are kept and why; what to do where nothing is removed, or nothing kept."
+    n_seen = chosen.n_total if n_seen is None else n_seen
+    told = f"{len(chosen)} of {n_seen} particles are kept, {n_seen - len(chosen)} removed: {chosen.reason}."
+    if not len(chosen):
+        return f"{told} Nothing is left, so no star file is written. The report shows the images: name clusters to keep (--clusters 0 3), or choose by values (--method zscore)."
+    if len(chosen) == n_seen:
+        return f"{told} Nothing is removed: by this rule all particles are worth keeping. To remove some all the same, name the clusters to keep (--clusters) or a limit (--low, --high, --threshold)."
+    return told
 
 # %% ../nbs/52d_filtering.ipynb #8f84eef8
 def filter_run(
@@ -319,8 +334,8 @@ def make_filter_section(
     "Write figures and tables of a selection into analysis/EEEE/filtering/ and describe it."
     folder, mask = run.analysis_dir(epoch) / "filtering", np.isin(table["particle"], chosen.particles)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = [render_text(f"{mask.sum()} of {len(table)} particles are kept ({mask.mean():.1%}), {(~mask).sum()} removed: {chosen.reason}. Written: {', '.join(map(str, files))}.")]
-    pieces += [render_warnings(["Nothing is kept."])] if not mask.any() else []
+    told, whole = describe_choice(chosen, len(table)), bool(mask.all() or not mask.any())
+    pieces = [render_warnings([told]) if whole else render_text(told), render_text(f"Written: {', '.join(map(str, files))}.")]
     drawn = {f"{name}_particles.png": (draw_filter(table, mask), "Kept and removed particles: contrast, residual and principal components.")}
     drawn[f"{name}_images.png"] = draw_examples(stack, chosen, table=table, seed=seed), "Images of kept and of removed particles, drawn at random, with the signs of their CTF undone, low-passed."
     if others:

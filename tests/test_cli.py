@@ -133,7 +133,17 @@ def test_inspect_has_the_same_keys_without_poses_and_ctf(recon, star):
 
 def test_inspect_in_words(recon, star):
     done = recon('inspect', star)
-    assert done.status == 0 and re.search(r'^n_particles +100$', done.out, re.M) and re.search(r'^defocus_min +\d', done.out, re.M)
+    assert done.status == 0 and re.search(r'^particles +100$', done.out, re.M) and re.search(r'^defocus +[\d.]+ to [\d.]+ µm$', done.out, re.M)
+    assert re.search(r'^pixel size +24 Å$', done.out, re.M) and re.search(r'^poses given +yes$', done.out, re.M)
+    assert done.out.splitlines()[-1].startswith(f'Nothing looks wrong. Next: recon doctor {star}')
+    bare = recon('inspect', star.with_suffix('.mrcs')).out
+    assert 'has_poses' not in bare and re.search(r'^poses given +no$', bare, re.M) and 'Next: the particles have no poses' in bare.splitlines()[-1]
+
+
+def test_recon_alone_says_where_to_begin(recon):
+    done = recon()
+    assert (done.status, done.err) == (0, '') and 'where to begin:' in done.out and recon('--help').out == done.out
+    assert all(len(re.findall(rf'^  {verb} ', done.out, re.M)) == 1 for verb in verbs)
 
 
 def test_options_of_reading_reach_the_stack(recon, star, tmp_path):
@@ -320,6 +330,16 @@ def test_protocol_in_one_run_folder(recon, trained, star, data, tmp_path):
         assert title in page, title
 
 
+def test_filter_that_removes_nothing_or_everything_says_so(recon, trained, data):
+    words = ['filter', trained, '--method', 'column', '--columns', 'pc1', '--device', 'cpu']
+    kept = recon(*words, '--low', -1e9, '-o', 'everything')
+    assert kept.status == 0 and '100 of 100 particles are kept, 0 removed' in kept.out and 'Nothing is removed' in kept.out, kept.err
+    assert f'start RELION in {data}, from where they count' in kept.err and f'--datadir {data}' in kept.err
+    none = recon(*words, '--low', 1e9, '-o', 'none')
+    assert none.status == 0 and '0 of 100 particles are kept' in none.out and 'no star file is written' in none.out and '--clusters' in none.out, none.err
+    assert not (trained / 'selections/none.star').exists() and len(Selection.load(trained / 'selections/none.json')) == 0
+
+
 def test_encode_own_and_other_particles(recon, trained, data, tmp_path):
     before = (trained / 'latents/0002.npz').read_bytes()
     done = recon('encode', trained)
@@ -367,7 +387,6 @@ def faulty(data, tmp_path_factory):
 
 # the command line, with {star}, {run}, {faulty}, {new} to fill in; and words that the message must hold
 slips = {
-    'no verb': ('', ['which verb']),
     'unknown verb': ('trian {star}', ['trian', 'train']),
     'verb unlike any': ('xyzzy', ['xyzzy', 'inspect']),
     'unknown option': ('train {star} -o {new} --epoch 3', ['--epoch', '--epochs']),
@@ -446,6 +465,10 @@ slips = {
     'name that is a path': ('encode {run} {star} --name ../x', ['--name']),
     'filter by a column that is not there': ('filter {run} --method column --columns pc9 --low 0 -o {new}.json', ['pc9', 'pc1']),
     'filter without a range': ('filter {run} --method column --columns pc1 -o {new}.json', ['--low', '--high']),
+    'confirm a file that is not there': ('confirm {run} --selection none.json', ['none.json', 'this folder', 'recon filter']),
+    'export of what is no selection': ('export {star}', ['particles.star', '.json of a selection', 'recon filter']),
+    'demo of one particle': ('demo -o {new} --n-particles 1', ['--n-particles 1', '30']),
+    'demo without epochs': ('demo -o {new} --epochs 0', ['--epochs 0', '1 epoch']),
     'export of nothing': ('export {faulty}/none.json', ['none.json']),
     'export to another type': ('export {faulty}/other.json --to cs -o {new}.star', ['.cs', '--to']),
     'landscape of two volumes': ('landscape {run} --k 2', ['three', '2']),
@@ -553,6 +576,7 @@ def test_demo_goes_on_where_it_was(recon, tmp_path):
     report = Path(re.search(r'^report: +(.*)$', done.out, re.M)[1])
     assert report.exists() and (tmp_path / 'demo/overview.png').exists()
     assert recon('demo', '-o', tmp_path / 'demo', *options).out.splitlines()[-1] == done.out.splitlines()[-1]
+    assert 'The states were NOT found' in done.out and '--n-particles 4000 --epochs 18' in done.out  # one epoch over 120 images learns nothing
 
 
 @pytest.mark.parametrize('words, part', [
