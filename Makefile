@@ -8,12 +8,13 @@ STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.installed-docs
 DEMO   ?= demo
 
-.PHONY: help demo test test-fast docs bench bench-gpu clean
+.PHONY: help demo test test-fast test-browser docs bench bench-gpu clean
 
 help:
 	@echo 'make demo       simulate, train, analyse: a report on three states in $(DEMO)/'
 	@echo 'make test       everything: notebooks and modules in step, all notebooks, pytest'
 	@echo 'make test-fast  the daily part of it, under five minutes'
+	@echo 'make test-browser  the site, the explorer and JupyterLab under a mouse (chromium or chrome must be there)'
 	@echo 'make docs       the documentation site, from executed notebooks, in _docs/ (npm puts formulas in)'
 	@echo 'make bench      the benchmarks; each prints a table'
 	@echo 'make bench-gpu  throughput and whole runs on one GPU; PEER=PYTHON names an environment with cryoDRGN 4.3.1'
@@ -29,7 +30,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs,app]'
 	@touch $@
 
 demo: $(STAMP)
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh fast
+
+test-browser: $(DOCS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPLBACKEND=agg $(if $(wildcard _docs/index.html),RECON_NB_SITE=_docs) $(BIN)/python -m pytest tests/test_site.py tests/test_explore.py tests/test_jupyter.py -rfEs
 
 docs: $(DOCS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/build.py $(if $(ONLY),--only $(ONLY))

@@ -846,6 +846,7 @@ def explore_run(
     if opened.config.model.zdim == 0:
         raise InputError(f"{run} is homogeneous: it has one map and no latents to explore; `recon analyze` writes the map.")
     source = find_voila_template()
+    from tornado.ioloop import IOLoop
     from voila.app import Voila
 
     options = {"epoch": epoch, "datadir": None if datadir is None else str(Path(datadir).absolute()), "device": device, "box": box, "low_pass": low_pass, "invert": invert}
@@ -855,4 +856,7 @@ def explore_run(
         write_template(Path(folder) / "share", source)
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(Path(folder) / "share"), os.environ.get("JUPYTER_PATH", "")]))
         flags = [f"--port={port}", "--template=recon", f"--theme={'dark' if dark else 'light'}", "--token", "--show_tracebacks=True", *([] if browser else ["--no-browser"])]
-        Voila.launch_instance(argv=[str(page), *flags])
+        server = Voila.instance()
+        server.initialize([str(page), *flags, "--Voila.log_level=ERROR"])
+        IOLoop.current().add_callback(lambda: logging.getLogger("recon_nb").info("%s is served at %s (first opened, it takes some seconds; Ctrl-C ends it)", run, server.display_url))
+        server.start()

@@ -1,6 +1,8 @@
-"""The explorer as a user meets it: a server, a chromium, and a page with a mouse. For tests/test_explore.py, tests/test_jupyter.py and benchmarks/explore_scale.py."""
+"""The explorer as a user meets it: a server, a chromium, and a page with a mouse. For tests/test_explore.py, tests/test_jupyter.py and
+benchmarks/explore_scale.py; tests/test_site.py opens the same chromium."""
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from recon_nb.fourier import Lattice
 from recon_nb.models import build_model
 from recon_nb.runs import Checkpoint, create_run, make_config, write_json
 
-CHROMIUM = next((path for path in ('/usr/bin/chromium', '/usr/bin/chromium-browser') if os.path.exists(path)), None)
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--enable-unsafe-swiftshader']
 ARTEFACTS = Path(__file__).resolve().parent.parent / 'docs' / '_artefacts'
 # anywidget gives a figure two seconds to start; JupyterLab on a machine that is busy with other tests takes longer
@@ -27,7 +29,7 @@ PATIENCE = '{ const wait = AbortSignal.timeout.bind(AbortSignal); AbortSignal.ti
 def list_missing(*packages):
     """Return what the browser tests need and do not find, in words; empty where all is there."""
     missing = [f'the package {name}' for name in ('playwright', *packages) if find_spec(name) is None] + ([] if CHROMIUM else ['chromium'])
-    return f"needs {', '.join(missing)} (pip install 'recon_nb[app,docs]'; apt install chromium)" if missing else ''
+    return f"needs {', '.join(missing)} (make test-browser installs the packages; Debian: apt install chromium)" if missing else ''
 
 
 def make_large_run(path):
@@ -67,11 +69,10 @@ def start_server(command, log, folder, **environment):
         server.wait(60)
 
 
-def serve_explorer(run, folder, **options):
-    """Serve the explorer of a run, as `recon explore RUN --no-browser` does."""
-    given = ''.join(f', {name}={value!r}' for name, value in options.items())
-    command = f'from recon_nb.explore import explore_run; explore_run({str(run)!r}, browser=False, port={find_free_port()}, device="cpu"{given})'
-    return start_server(['-c', command], Path(folder) / f'{Path(run).name}.log', folder)
+def serve_explorer(run, folder, *flags):
+    """Serve the explorer of a run by the command line."""
+    command = ['-m', 'recon_nb.cli', 'explore', str(run), '--no-browser', '--port', str(find_free_port()), '--device', 'cpu', *flags]
+    return start_server(command, Path(folder) / f'{Path(run).name}.log', folder)
 
 
 @contextmanager

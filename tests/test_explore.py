@@ -156,7 +156,7 @@ def test_outlines_combine(run, browser, tmp_path):
     found = load_exploration(run)
     plane = found.table[['pc1', 'pc2']].to_numpy()
     groups, spread = plane[find_centers(found.z, 3)], plane.std(axis=0)
-    with serve_explorer(run.path, tmp_path, dark=True) as address:
+    with serve_explorer(run.path, tmp_path, '--dark') as address:
         page = ExplorerPage(browser, address, width=1000, height=900)
         page.take('polygon')
         triangle = groups[0] + spread * np.array([[-0.5, -0.5], [0.5, -0.5], [0, 0.6]])

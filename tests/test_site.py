@@ -7,33 +7,27 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from explorer_page import list_missing, open_browser
 
 root = Path(__file__).resolve().parents[1]
 artefacts = root / 'docs' / '_artefacts'
-chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-chromium_options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-                    '--disable-component-update', '--disable-sync']
-missing = [name for name in ('sphinx', 'myst_nb', 'pydata_sphinx_theme', 'playwright') if find_spec(name) is None]
 
 sys.path.insert(0, str(root / 'docs'))
 
 
 def require_browser():
     """Skip, saying why, where the site cannot be built or opened."""
+    missing = list_missing('sphinx', 'myst_nb', 'pydata_sphinx_theme')
     if missing:
-        pytest.skip(f"the docs extra is not installed (pip install -e '.[dev,docs]'): {', '.join(missing)}")
-    if chromium is None:
-        pytest.skip('no chromium on the path (Debian: apt install chromium)')
+        pytest.skip(missing)
 
 
 class Links(HTMLParser):
@@ -88,14 +82,10 @@ def address(site):
 
 @pytest.fixture(scope='module')
 def browser():
-    """Start Debian's chromium."""
+    """Start chromium."""
     require_browser()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=chromium_options)
-        yield browser
-        browser.close()
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture

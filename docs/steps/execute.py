@@ -8,6 +8,8 @@ import copy
 import hashlib
 import json
 import os
+import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -92,10 +94,10 @@ def hash_notebook(notebook):
 
 
 def hide_paths(text):
-    """Replace the folders of this machine by words."""
+    """Replace the folders of this machine, and temporary ones, by words."""
     for folder, word in ((os.environ.get('RECON_NB_DATA'), '$RECON_NB_DATA'), (str(root), '.'), (str(Path.home()), '~')):
         text = text.replace(folder, word) if folder and folder != '/' else text
-    return text
+    return re.sub(rf'{re.escape(tempfile.gettempdir())}/tmp[a-z0-9_]{{8}}', 'scratch', text)
 
 
 def clean_output(output):
