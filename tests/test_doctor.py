@@ -1,6 +1,7 @@
 """Broken data sets on disk, each broken in one way that occurs: `recon doctor` names it, says what to do, and ends with status 2."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from recon_nb.cli import main
 from recon_nb.core import Poses, Volume, make_generator
 from recon_nb.files import write_particles, write_stack, write_volume
 from recon_nb.simulate import make_phantom, simulate_stack, tabulate_stack
+
+root = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -66,6 +69,7 @@ faults = {
     'mirrored stack': (lambda s: {'images': s.images.flip(-1).roll(1, -1)}, 'poses', ['mirrored']),
     'dark particles': (lambda s: {'images': -s.images}, 'contrast', ['negative', '--invert-contrast']),
     'binned stack': (lambda s: {'pixel_size': s.pixel_size / 2}, 'CTF, pixels', ['about 12 Å, not 6 Å', '--pixel-size']),
+    'CTF of other images': (lambda s: {'ctf': s.ctf[mix(s)]}, 'CTF, pixels', ['belong to other images', 'row by row']),
     'defocus in nm': (lambda s: {'ctf': replace(s.ctf, defocus_u=s.ctf.defocus_u / 10, defocus_v=s.ctf.defocus_v / 10)}, 'CTF, pixels', ['defoci are in nm', 'by 10']),
     'defocus in µm': (lambda s: {'ctf': replace(s.ctf, defocus_u=s.ctf.defocus_u / 1e4, defocus_v=s.ctf.defocus_v / 1e4)}, 'inspection', ['median defocus', 'nm or µm']),
 }
@@ -114,9 +118,16 @@ def test_too_few_images_are_no_verdict(examine, sound, tmp_path):
     assert status == 0 and 'Too little to tell' in find(findings, 'advice')['poses']
 
 
-def test_the_ctf_of_other_images_is_not_called_theirs(examine, sound, tmp_path):
-    _, findings, _ = examine(write(tmp_path, sound, ctf=sound.ctf[mix(sound)]))
-    assert 'nothing for it' in find(findings, 'advice')['CTF, pixels']
+def test_one_defocus_for_all_is_no_verdict_on_the_ctf(examine, tmp_path):
+    same = simulate_stack([make_phantom('ribosome', 32)[-1]], 200, snr=0.3, defocus_pool=torch.tensor([[20_000.0, 20_000, 0]]), seed=5).stack
+    status, findings, _ = examine(write(tmp_path, same))
+    assert status == 0 and 'nothing for it' in find(findings, 'advice')['CTF, pixels']
+
+
+def test_a_ctf_of_their_own_is_no_problem_under_poor_poses(examine, sound, tmp_path):
+    poor = simulate_stack([make_phantom('ribosome', 32)[-1]], 400, snr=0.3, defocus_pool=torch.tensor([[40_000.0, 39_800, 0], [55_000, 54_700, 30], [70_000, 69_900, 60]]), seed=5, rot_error=12.0).stack
+    status, findings, err = examine(write(tmp_path, poor))
+    assert status == 0 and 'belongs to these images' in find(findings, 'ok')['CTF, pixels'], findings
 
 
 def test_a_mask_of_another_grid(examine, sound, tmp_path):
@@ -136,9 +147,17 @@ def test_the_installation_alone(examine):
     assert status == (2 if find(findings, 'problem') else 0)
 
 
+def test_an_extra_that_is_not_installed_is_optional(monkeypatch):
+    monkeypatch.setattr(doctor, 'find_missing', lambda extra='': ['a', 'b', 'c', 'd', 'e'] if extra == 'app' else [])
+    app, *others = doctor.check_extras()
+    assert (app.level, app.sentence) == ('optional', 'Not installed (only for recon explore): a, b, c, d and 1 more.')
+    assert app.remedy == f"To have it: pip install -c {root}/constraints.txt -e '{root}[app]'"
+    assert doctor.format_findings([app]).startswith('optional extra app') and {other.level for other in others} == {'ok'}
+
+
 def test_installations_that_need_something(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, 'find_missing', lambda extra='': ['mrcfile'] if not extra else [])
-    assert doctor.check_packages() == doctor.Finding('problem', 'packages', 'Not installed: mrcfile.', 'pip install mrcfile')
+    assert doctor.check_packages() == doctor.Finding('problem', 'packages', 'Not installed: mrcfile.', f'pip install -c {root}/constraints.txt mrcfile')
     monkeypatch.setattr(doctor.shutil, 'which', lambda name: '/usr/bin/nvidia-smi')
     if not torch.cuda.is_available():
         assert doctor.check_torch().level == 'problem'  # a GPU that torch does not find
