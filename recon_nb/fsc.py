@@ -189,6 +189,7 @@ def plot_fsc(
         ax.axhline(threshold, color="0.5", lw=0.8, ls=":")
         ax.annotate(f"{threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), fontsize="small", color="0.4")
     ax.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.1, 1.05), xlim=(0, None))
+    ax.locator_params(axis="x", nbins=5)  # their numbers are long
     ax.legend(frameon=False, title=f"resolution at {thresholds[-1]:g}", loc="lower left", fontsize="small")
     return ax
 

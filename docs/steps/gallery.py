@@ -6,7 +6,7 @@ import re
 
 from PIL import Image
 
-from steps.process import list_pictures, titles
+from steps.process import list_pictures
 from steps.symbols import relative
 
 groups = [  # first number of a page, heading
@@ -96,7 +96,7 @@ def write_modules(pages):
 
 def write_measured(pages, folder):
     """Return the page that lists what was measured."""
-    pages = sorted((page for page in pages if not page.module and '/' not in page.name), key=lambda page: (page.name not in titles, page.name))
+    pages = sorted((page for page in pages if not page.module and '/' not in page.name), key=lambda page: (page.name != 'benchmarks', page.name))
     cards = [write_card(page, make_thumbnail(page, folder), '', 'measured') for page in pages]
     return '\n'.join(['# Measured', '', 'Quality and time side by side, each table with the machine and the command that printed it. Numbers elsewhere on this site are read from the same tables.', '',
                       f'<div class="cards">\n{"".join(cards)}\n</div>', '', write_toctree({page.name: page.title for page in pages})])

@@ -17,8 +17,6 @@ from steps.symbols import link_prose, list_modules, name_module_page, relative
 from steps.widgets import freeze_widget, show_plotly
 
 plotly_type, widget_type = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
-# the page of all tables bears the name of the list that it stands in
-titles = {'benchmarks': 'Quality and speed'}
 notebook_link = re.compile(r'\[([^\]]*)\]\((?!https?:)([^)\s#]+)\.ipynb(#[^)\s]*)?\)')
 
 
@@ -168,7 +166,7 @@ def process_notebook(path, record, pages):
     processor.process()
     matter = notebook.frontmatter_
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type != 'raw']
-    title = titles.get(page, matter['title'])
+    title = matter['title']
     head = f'# {title}\n\n<p class="subtitle">{html.escape(matter.get("description", ""))}</p>\n\n'
     head += write_header(page, module, source, record['seconds'], pages)
     if record['error']:
