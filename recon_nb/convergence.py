@@ -728,7 +728,7 @@ def make_convergence_section(
     text = render_text(suggestion.words if begins else f"{suggestion.verdict.capitalize()}. {suggestion.words}")
     note = render_text("Epoch: since when it has been settled, or after which it gets worse. Loss, latents, movement and volumes after Kinman et al. 2023, with our rules for reading them; images: ours.")
     montage = render_details("Volumes at the maxima A, B, C, ... at the last epoch compared", render_pictures(pictures))
-    return Section("Convergence", text + render_table(table) + note + save_figures(folder, drawn) + montage, order=250)
+    return Section("Convergence", text + render_table(table, names={"name": "looked at", "state": "verdict", "epoch": "since epoch", "words": "because"}) + note + save_figures(folder, drawn) + montage, order=250)
 
 # %% ../nbs/51_convergence.ipynb #4b76a363
 def converge_run(

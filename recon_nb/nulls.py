@@ -149,19 +149,20 @@ class HeterogeneityTest:
 
     def describe(self) -> str:
         "Return the verdict, how sure it is, and what was compared, in words."
-        errors = f"misplaced (by {self.rotation_error:.1f} degrees and {self.shift_error:.1f} Å) and vary in contrast (by {100 * self.contrast_sd:.0f} %)"
-        rigid, gain = f"one rigid molecule whose images may be {errors}", f"{self.gain:.2f} +- {self.gain_error:.2f} nats per particle"
+        errors = f"{self.rotation_error:.1f} degrees and {self.shift_error:.1f} Å of misplacement and {100 * self.contrast_sd:.0f} % of contrast"
+        gain = f"{round(self.gain, 2) + 0.0:.2f} +- {self.gain_error:.2g} nats per particle"
         if self.is_heterogeneous:
             times = f"{math.exp(self.gain):,.2g}" if self.gain < 4 else f"{math.exp(self.gain):,.0f}" if self.gain < 10 else "more than 10,000"
-            return f"The particles differ (heterogeneous; {self.sureness}): images that were held back are {times} times as likely as for {rigid} (a gain of {gain})."
-        return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}): {rigid} explains images that were held back as well "
-                f"(a gain of {gain}; at least 0.2 and 5 standard errors are asked for).")
+            return (f"The particles differ (heterogeneous; {self.sureness}). Images that were held back are {times} times as likely as they would be "
+                    f"if all showed one rigid molecule, with errors of {errors}: a gain of {gain}.")
+        return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}). One rigid molecule, with errors of {errors}, "
+                f"explains images that were held back as well: the gain is {gain}, where at least 0.2 and 5 standard errors are asked for.")
 
     def advise(self) -> str:
         "Return what the verdict allows, and what to do next."
         if self.is_heterogeneous:
             return "Next: look at the volumes and at how many particles stand behind each of them; recon train starts from such latents and draws finer detail."
-        return ("Take the latents and the differences between the volumes of this run for noise or for those errors: do not read states into them. It is no proof that all particles "
+        return ("Take the latents and the differences between the volumes of this run for noise, or for errors of pose and contrast: do not read states into them. It is no proof that all particles "
                 "are alike: differences may be smaller than these images show. Next: check poses and CTF (recon doctor), use more particles or a larger box; else one map (recon backproject) says it all.")
 
 # %% ../nbs/34b_nulls.ipynb #ddb558ee

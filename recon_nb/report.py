@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['render_text', 'render_code', 'render_warnings', 'render_details', 'format_value', 'render_facts', 'render_table',
-           'render_figure', 'render_files', 'describe_versions', 'Section', 'save_section', 'assemble_report']
+           'render_figure', 'format_size', 'render_files', 'describe_versions', 'Section', 'save_section',
+           'assemble_report']
 
 # %% ../nbs/50a_report.ipynb #5bf7dfa9
 import base64
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -87,10 +89,11 @@ def render_table(
     table: pd.DataFrame,
     *,
     max_rows: int = 50,  # longer tables are cut, and say so
+    names: Mapping[str, str] = MappingProxyType({}),  # column to what a reader calls it, with its unit
 ) -> str:  # HTML
     "Return a table with its column names; the index is not shown."
     cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
-    head = "".join(cell("th", str(name)) for name in table.columns)
+    head = "".join(cell("th", names.get(name, str(name))) for name in table.columns)
     rows = ["".join(cell("td", format_value(v)) for v in row) for row in table.head(max_rows).itertuples(index=False)]
     body = "".join(f"<tr>{row}</tr>\n" for row in rows)
     rest = render_text(f"{len(table) - max_rows} more rows are in the csv file.") if len(table) > max_rows else ""
@@ -117,6 +120,16 @@ def render_figure(
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>\n"
 
 # %% ../nbs/50a_report.ipynb #673035b0
+def format_size(
+    n_bytes: int,
+) -> str:
+    "Return the size of files in the unit that leaves digits to read."
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= 0.9995 * size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes} bytes"
+
+# %% ../nbs/50a_report.ipynb #70e53931
 def render_files(
     folder: Path | str,  # whose files to list, its subfolders included
     *,
@@ -132,8 +145,8 @@ def render_files(
     rows = []
     for pattern, paths in groups.items():
         name = pattern if len(paths) > 1 else str(paths[0].relative_to(folder))
-        rows.append({"file": name, "number": len(paths), "MB": sum(p.stat().st_size for p in paths) / 1e6})
-    return render_table(pd.DataFrame(rows, columns=["file", "number", "MB"]), max_rows=200)
+        rows.append({"file": name, "number": len(paths), "size": format_size(sum(p.stat().st_size for p in paths))})
+    return render_table(pd.DataFrame(rows, columns=["file", "number", "size"]), max_rows=200)
 
 # %% ../nbs/50a_report.ipynb #8676ebc9
 def describe_versions() -> dict[str, str]:  # package to version

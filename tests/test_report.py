@@ -9,7 +9,7 @@ from test_latent import make_latents, make_run
 
 from recon_nb.analysis import add_to_report, analyze_run
 from recon_nb.report import Section, format_value, render_text
-from recon_nb.runs import write_json
+from recon_nb.runs import append_log, write_json
 
 
 class Page(HTMLParser):
@@ -59,7 +59,7 @@ def report(tmp_path_factory):
 def test_all_sections_are_there(report):
     run, path, _ = report
     page = Page(path.read_text(encoding='utf-8'))
-    assert page.headings == ['Data', 'Settings', 'Training', 'Latents', 'Cluster volumes', 'Principal components', 'Populations', 'Landscape', 'Files', 'Versions']
+    assert page.headings == ['In short', 'Data', 'Settings', 'Training', 'Convergence', 'Latents', 'Cluster volumes', 'Principal components', 'Populations', 'Landscape', 'Files', 'Versions']
     assert page.links == [f'#{slug}' for slug in (re.sub(r'\W+', '-', heading.lower()) for heading in page.headings)]
     assert {link[1:] for link in page.links} <= page.anchors
 
@@ -77,11 +77,52 @@ def test_opens_offline(report):
 def test_commands_can_be_pasted(report):
     """The lines of the page, as a shell would split them, are the words that were typed."""
     run, path, command = report
-    lines = Page(path.read_text(encoding='utf-8')).code[0].splitlines()
+    lines = next(code for code in Page(path.read_text(encoding='utf-8')).code if code.startswith('cd ')).splitlines()
     words = [shlex.split(line) for line in lines]
     assert words[0] == ['cd', str(run.path.parent)]
     assert words[1] == ['recon', *command[1:]]
     assert words[2][:3] == ['recon', 'analyze', str(run.path)]
+
+
+def test_what_was_not_asked_is_said(report):
+    """No verdict on convergence, none on heterogeneity; and which commands give them."""
+    run, path, _ = report
+    text = path.read_text(encoding='utf-8')
+    part = lambda title: text.partition(f'<h2>{title}</h2>')[2].partition('</section>')[0]
+    assert 'Not judged' in part('Convergence') and 'recon converge' in part('Convergence')
+    assert 'was not asked in this run' in part('In short') and 'recon subspace' in part('In short')
+    assert f'<h1>{run.path.name}, epoch 3 of 20</h1>' in text
+
+
+def test_the_answer_of_converge_takes_the_place_of_the_note(report):
+    run, _, _ = report
+    page = add_to_report(run, Section('Convergence', render_text('Use epoch 3.'), order=250)).read_text(encoding='utf-8')
+    assert 'Use epoch 3.' in page and 'Not judged' not in page
+    folder = run.analysis_dir(3) / 'convergence'
+    folder.mkdir()
+    (folder / 'verdict.json').write_text('{}')
+    page = analyze_run(run, kmeans=3, umap=False).read_text(encoding='utf-8')  # once more: it stays
+    assert 'Use epoch 3.' in page and 'Not judged' not in page
+
+
+def test_tables_speak_in_words_and_units(report):
+    _, path, _ = report
+    heads = re.findall('<th>(.*?)</th>', path.read_text(encoding='utf-8').partition('<h2>Populations</h2>')[2])
+    assert not [head for head in heads if '_' in head and head != 'recon_nb'], heads
+    sizes = re.findall(r'<td>([\d.]+ (?:bytes|kB|MB))</td>', path.read_text(encoding='utf-8'))
+    assert len(sizes) > 10 and not [size for size in sizes if float(size.split()[0]) == 0]
+
+
+@pytest.mark.parametrize(('kl', 'is_doubted'), [(0.4, True), (4.0, False)])
+def test_a_run_that_learnt_nothing_says_so(tmp_path, caplog, kl, is_doubted):
+    """On the screen and first in the report: latents with less than a nat sort nothing."""
+    run = make_run(tmp_path / 'run', zdim=2, latents=make_latents(np.random.default_rng(0).normal(size=(60, 2))))
+    append_log(run, {'epoch': 3, 'total': 1.0, 'recon': 0.9, 'kl': kl})
+    with caplog.at_level('WARNING', logger='recon_nb'):
+        text = analyze_run(run, kmeans=3, umap=False).read_text(encoding='utf-8')
+    said = text.partition('<h2>In short</h2>')[2].partition('</section>')[0]
+    for words in (said, caplog.text):
+        assert ('learnt next to nothing' in words and '0.4 nats a particle' in words and '--resume' in words) == is_doubted, words
 
 
 def test_numbers_are_for_readers():
