@@ -82,8 +82,9 @@ def describe_type(
 def format_number(
     value: float,  # a setting or a bound of it
 ) -> str:
-    "Return a number as a person writes it: thousands apart, no .0, no digits that only a computer sees."
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
+    "Return a number as a person writes it: thousands apart from 10,000 on, no .0, no digits that only a computer sees."
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
+    return text.replace(",", "") if abs(value) < 10_000 else text
 
 # %% ../nbs/40_runs.ipynb #77e80444
 class Section:
