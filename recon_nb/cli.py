@@ -428,6 +428,10 @@ def simulate_particles(
     from recon_nb.simulate import simulate_stack, write_simulation
 
     require_new_folder(out)
+    if box is not None and box < 8:
+        raise UsageError(f"--box {box}: images have 8 px or more.")
+    if pixel_size is not None and not pixel_size > 0:
+        raise UsageError(f"--pixel-size {pixel_size:g}: a pixel has a size above 0 Å.")
     states, names = read_states(volumes, atoms, phantom=phantom, box=box, pixel_size=pixel_size, resolution=resolution, flip_hand=flip_hand)
     simulated = simulate_stack(
         states, n_particles, weights=weights, names=names, box=box, snr=snr, apply_ctf=ctf, defocus_pool=read_defocus_pool(defocus_from), max_shift=max_shift,
@@ -1071,6 +1075,9 @@ def describe_error(
 ) -> tuple[int, str]:  # exit status, one line
     "Return what to tell the user of an error."
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        path = re.sub(r"\.([^/]+)\.\d+\.partial(\.\w+)?$", r"\1\2", str(error.filename))  # what is written has another name until it is complete
+        return 2, f"{path}: {'cannot be written: ' if path != str(error.filename) else ''}{error.strerror[0].lower()}{error.strerror[1:]}."
     if isinstance(error, (UsageError, OSError)):
         return 2, text
     from recon_nb.core import ReconError

@@ -382,6 +382,7 @@ def examine_particles(
     "Yield the findings on a data set, from the file to the images; what cannot be read is a finding too."
     if n_images < 2:
         raise InputError(f"--n-images {n_images}: a map of half of the images is compared with the other half; give 100 or more.")
+    chosen = pick_device(device)
     try:
         stack = load_stack(particles, require_images=False, **reading)
         facts = inspect_stack(stack)
@@ -397,6 +398,6 @@ def examine_particles(
         if not missing:
             yield check_room(stack)
         if stack.poses is not None and not missing:
-            yield from examine_images(stack, n_images=n_images, device=device)
+            yield from examine_images(stack, n_images=n_images, device=str(chosen))
     except (ReconError, OSError) as error:
         yield Finding("problem", "file", str(error))

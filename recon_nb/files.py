@@ -154,6 +154,8 @@ def read_volume(
         if header.anisotropy > 0.01:
             raise InputError(f"{path}: the voxels are not cubes (pixel sizes differ by {header.anisotropy:.1%}); resample the map, or give --pixel-size.")
         pixel_size = header.pixel_size
+    if not pixel_size > 0:
+        raise InputError(f"{path}: --pixel-size {pixel_size:g}: a voxel has a size above 0 Å; give that of the map, or leave it to the header.")
     data = read_sections(header, 0, header.shape[0]).astype(np.float32)
     if not np.isfinite(data).all():
         raise InputError(f"{path}: {np.count_nonzero(~np.isfinite(data))} of {data.size} voxels are NaN or infinite; make the map again.")

@@ -105,7 +105,7 @@ def read_outline(
     try:
         corners = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a table of corners ({error}).") from error
+        raise InputError(f"{path}: no such file." if isinstance(error, FileNotFoundError) else f"{path} cannot be read as a table of corners ({error}).") from error
     unknown = [c for c in corners if c not in table]
     if corners.shape[1] != 2 or unknown:
         raise InputError(f"{path} must have two columns named as the coordinates that the outline was drawn on, such as pc1 and pc2; found {', '.join(map(str, corners.columns))}. Known: {', '.join(map(str, table.columns))}.")
@@ -128,6 +128,8 @@ def choose_particles(
 ) -> tuple[Selection, pd.DataFrame | None]:  # the particles to keep; the clusters, where there are any
     "Apply one rule to a table of particles; raise `InputError` where what it needs is not given."
     whose = {"particle": table["particle"].to_numpy(), "n_total": n_total}
+    if threshold is not None and not threshold > 0:
+        raise InputError(f"--threshold {threshold:g}: particles whose |z| is below the threshold are kept, so it is a number above 0, such as 3; without it, one is found.")
     if method in ("kmeans", "gmm"):
         made = cluster_latents(table, method, k, seed)
         keep = keep_clusters(made.labels, table["contrast"].to_numpy(), find_odd(table["residual"])) if clusters is None else list(clusters)
@@ -201,8 +203,8 @@ def load_selection(
     path = locate_selection(run, name)
     if path.is_file():
         return Selection.load(path)
-    known, where = sorted(other.stem for other in path.parent.glob("*.json")), "this folder" if path.parent == Path() else path.parent
-    raise InputError(f"There is no selection {path}; {where} holds {', '.join(known) or 'no .json file'}.{suggest_names(path.stem, known) if known else ''} recon filter makes one.")
+    known, where = sorted(other.stem for other in path.parent.glob("*.json")), "This folder" if path.parent == Path() else path.parent
+    raise InputError(f"There is no selection {path}.{suggest_names(path.stem, known) if known else f' {where} holds no .json file.'} recon filter makes one.")
 
 # %% ../nbs/52d_filtering.ipynb #1b8feced
 def prepare_output(
@@ -255,7 +257,7 @@ def describe_choice(
     n_seen = chosen.n_total if n_seen is None else n_seen
     told = f"{len(chosen)} of {n_seen} particles are kept, {n_seen - len(chosen)} removed: {chosen.reason}."
     if not len(chosen):
-        return f"{told} Nothing is left, so no star file is written. The report shows the images: name clusters to keep (--clusters 0 3), or choose by values (--method zscore)."
+        return f"{told} Nothing is left, so no star file is written. The report shows the images; widen the limits (--low, --high, --threshold), or name clusters to keep (--clusters 0 3)."
     if len(chosen) == n_seen:
         return f"{told} Nothing is removed: by this rule all particles are worth keeping. To remove some all the same, name the clusters to keep (--clusters) or a limit (--low, --high, --threshold)."
     return told
@@ -311,7 +313,7 @@ def join_table(
     try:
         other = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a table ({error}).") from error
+        raise InputError(f"{path}: no such file." if isinstance(error, FileNotFoundError) else f"{path} cannot be read as a table ({error}).") from error
     measured = [c for c in other if c in table and c in ("contrast", "contrast_error", "residual", "signal")]
     if "particle" not in other or measured or not other["particle"].is_unique:
         raise InputError(f'{path}: ' + (f'its column "{measured[0]}" is measured from the images here; rename it.' if measured else "expected a column particle that names each particle once."))
