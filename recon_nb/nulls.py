@@ -149,13 +149,13 @@ class HeterogeneityTest:
 
     def describe(self) -> str:
         "Return the verdict, how sure it is, and what was compared, in words."
-        errors = f"{self.rotation_error:.1f} degrees and {self.shift_error:.1f} Å of misplacement and {100 * self.contrast_sd:.0f} % of contrast"
+        size = f"{self.rotation_error:.1f} degrees and {self.shift_error:.1f} Å in placement, {100 * self.contrast_sd:.0f} % in contrast"
         gain = f"{round(self.gain, 2) + 0.0:.2f} +- {self.gain_error:.2g} nats per particle"
         if self.is_heterogeneous:
-            times = f"{math.exp(self.gain):,.2g}" if self.gain < 4 else f"{math.exp(self.gain):,.0f}" if self.gain < 10 else "more than 10,000"
-            return (f"The particles differ (heterogeneous; {self.sureness}). Images that were held back are {times} times as likely as they would be "
-                    f"if all showed one rigid molecule, with errors of {errors}: a gain of {gain}.")
-        return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}). One rigid molecule, with errors of {errors}, "
+            times = f"{math.exp(self.gain):,.2g}" if self.gain < 4 else f"{math.exp(self.gain):,.0f}" if self.gain < 9 else "more than 8,000"
+            return (f"The particles differ (heterogeneous; {self.sureness}). Images that were held back are {times} times as likely as if all showed one rigid molecule, "
+                    f"whatever its errors of pose and contrast: a gain of {gain}. Errors that remain: {size}.")
+        return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}). One rigid molecule, with errors of {size}, "
                 f"explains images that were held back as well: the gain is {gain}, where at least 0.2 and 5 standard errors are asked for.")
 
     def advise(self) -> str:

@@ -670,7 +670,8 @@ def resume_run(
     fixed = [name for name in new if new[name] != old[name] and name not in adjustable]
     if fixed:
         name = fixed[0]
-        raise ConfigError(f"{name} is {old[name]!r} in {run.path} and cannot become {new[name]!r} when resuming; start a new run with -o.")
+        say = lambda value: format_number(value) if accepts_type(value, float) else json.dumps(value)
+        raise ConfigError(f"{name} is {say(old[name])} in {run.path} and cannot become {say(new[name])} when resuming; start a new run with -o.")
     if old != new:
         write_json(run.path / "config.json", config_to_dict(after))
     return run

@@ -45,7 +45,7 @@ from .fourier import Lattice
 from .imaging import compute_error_weights, compute_transfer, find_worth_decoding
 from .losses import LossTerms, schedule_beta
 from .models import ReconstructionModel, build_model
-from .runs import Checkpoint, RunConfig, RunFolder, Stage, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, format_duration, join_tree, lock_run, open_run, record_log, require_free, resume_run, split_tree, update_config, write_json, write_particles_csv
+from .runs import Checkpoint, RunConfig, RunFolder, Stage, TrainConfig, append_log, choose_reading, collect_log, config_to_dict, create_run, format_duration, format_number, join_tree, lock_run, open_run, record_log, require_free, resume_run, split_tree, update_config, write_json, write_particles_csv
 from .so3 import rotvec_to_matrix
 from .starts import needs_start, start_model
 from .teaching import evaluations_per_step, teach_model
@@ -617,7 +617,8 @@ def settle_data(
         write_json(run.path / "inputs.json", {**run.inputs, "data": facts})
     for name, value in (noted or {}).items():
         if not math.isclose(facts[name], value, rel_tol=1e-6):
-            raise RunError(f"The images are not those that {run.path} began with: {name} was {value} and is {facts[name]}. Give the same input, or start a new run with -o.")
+            told = name.replace("n_", "number of ").replace("_", " ")
+            raise RunError(f"The images are not those that {run.path} began with: the {told} was {format_number(value)} and is {format_number(facts[name])}. Give the same input, or start a new run with -o.")
 
 # %% ../nbs/41_training.ipynb #cd0f16b5
 def choose_shown(

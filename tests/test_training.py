@@ -110,7 +110,7 @@ def test_other_images_are_refused_on_resume(tmp_path):
     steps = fit(model, dataset, run, device='cpu')
     next(steps)
     steps.close()
-    with pytest.raises(RunError, match='not those that .* began with: n_images was 45 and is 44'):
+    with pytest.raises(RunError, match='not those that .* began with: the number of images was 45 and is 44'):
         list(fit(model, make_dataset(44), run, device='cpu'))
 
 
