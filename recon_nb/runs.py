@@ -42,6 +42,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from .core import ConfigError, InputError, Latents, Poses, RunError, is_main, suggest_names, write_atomic
 
@@ -793,8 +794,9 @@ class Stage:
             self._spoke, wait = True, min(max(spent, 3 * self.delay - spent), 600.0)
 
     def _say(self, words: str) -> None:
-        has_bars = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
-        logging.getLogger("recon_nb.stages" if has_bars else "recon_nb").info(words)
+        has_bar = self.share > 0 and getattr(sys.stderr, "isatty", bool)()
+        with tqdm.external_write_mode(file=sys.stderr):  # bars make room for the line
+            logging.getLogger("recon_nb.stages" if has_bar else "recon_nb").info(words)
 
 # %% ../nbs/40_runs.ipynb #03a3fed7
 def is_closed_form(

@@ -251,6 +251,13 @@ def test_a_long_epoch_says_how_far_it_is(tmp_path, monkeypatch, has_bars):
     assert {name for name, _ in said} == {'recon_nb.stages' if has_bars else 'recon_nb'}
 
 
+def test_a_step_without_a_bar_speaks_in_a_terminal_too(monkeypatch):
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
+    with collect_log() as records, Stage('solving', delay=0.01):
+        time.sleep(0.05)
+    assert records and {record.name for record in records} == {'recon_nb'}
+
+
 def test_training_speaks_where_there_is_no_terminal(tmp_path, capsys):
     """A batch queue's log holds a line at the start and one for every epoch, with the time left but for the last."""
     assert main(['simulate', '-o', str(tmp_path / 'data'), '--n-particles', '40', '--box', '16']) == 0
