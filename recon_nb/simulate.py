@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import CTFParams, InputError, Poses, TiltInfo, Volume, make_generator, suggest_names, write_atomic
+from .core import CTFParams, InputError, Poses, TiltInfo, Volume, make_generator, show_progress, suggest_names, write_atomic
 from .datasets import ParticleStack
 from .files import ParticleTable, write_particles, write_stack, write_volume
 from .fourier import Lattice, fourier_crop
@@ -371,13 +371,15 @@ def render_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # rows (n,) int64 and their clean images (n, D, D)
     "Yield noise-free images, grouped by state: projection, displaced by minus the shift, CTF, dose and tilt, contrast."
     lattice, dose, pick = Lattice(volumes[0].box, volumes[0].pixel_size), "off" if tilt is None else "model", lambda record, rows: None if record is None else record[rows]
-    for label in torch.unique(labels).tolist():
-        grid = volume_to_grid(volumes[label].data, pad)
-        for rows in torch.nonzero(labels == label)[:, 0].split(batch_size):
-            images_ft = project_volume(volumes[label], poses[rows], pick(ctf, rows), tilt=pick(tilt, rows), dose=dose, pad=pad, grid=grid)
-            if contrast is not None:
-                images_ft = images_ft * contrast[rows, None]
-            yield rows, lattice.scatter(images_ft)
+    parts = [(label, rows) for label in torch.unique(labels).tolist() for rows in torch.nonzero(labels == label)[:, 0].split(batch_size)]
+    shown, grid = None, None
+    for label, rows in show_progress(parts, "drawing images"):
+        if label != shown:
+            shown, grid = label, volume_to_grid(volumes[label].data, pad)
+        images_ft = project_volume(volumes[label], poses[rows], pick(ctf, rows), tilt=pick(tilt, rows), dose=dose, pad=pad, grid=grid)
+        if contrast is not None:
+            images_ft = images_ft * contrast[rows, None]
+        yield rows, lattice.scatter(images_ft)
 
 # %% ../nbs/22_simulate.ipynb #ac6c9d4e
 def add_white_noise(
@@ -390,7 +392,7 @@ def add_white_noise(
     "Add independent Gaussian noise to every pixel."
     if sigma == 0:
         return
-    for start in range(0, len(images), block_size):
+    for start in show_progress(range(0, len(images), block_size), "adding noise"):
         rows = slice(start, start + block_size)
         block = images[rows]
         images[rows] = block + sigma * torch.randn(block.shape, generator=make_generator(seed, "simulate", "noise", start))
