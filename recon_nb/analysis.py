@@ -37,10 +37,10 @@ from recon_nb.latent import (
     Clusters,
     PCAResult,
     Traversal,
-    build_neighbor_graph,
     cluster_kmeans,
     count_support,
     find_support_floor,
+    find_support_radius,
     generate_volumes,
     make_montage,
     mark_points,
@@ -172,7 +172,7 @@ def tabulate_points(
     z: np.ndarray,  # (N, Z) points to decode
     rows: np.ndarray | None = None,  # (N,) rows of the latents that they are; None for free points
     *,
-    radius: float | None = None,  # latent units, of the support; the mean neighbour distance where absent
+    radius: float | None = None,  # latent units, of the support; that of `latent.find_support_radius` where absent
 ) -> pd.DataFrame:  # columns particle, support, poor_support, z0, ...
     "Tabulate points with particle (-1 for a free point) and support."
     particle, support = np.full(len(z), -1) if rows is None else latents.particle.cpu().numpy()[rows], count_support(latents, z, radius)
@@ -188,7 +188,7 @@ class LatentAnalysis:
     pca: PCAResult
     embedding: np.ndarray | None  # (P, 2) UMAP; None where not made
     clusters: Clusters
-    radius: float  # latent units, mean neighbour distance, in which support is counted
+    radius: float  # latent units, within which support is counted
 
     @property
     def zdim(self) -> int:
@@ -208,8 +208,7 @@ def analyze_latents(
     n_distinct, is_embedded = len(np.unique(points, axis=0)), umap and points.shape[1] > 1
     with Stage(f"clustering{' and embedding' if is_embedded else ''} the latents of {len(points):,} particles"):
         embedding = run_umap(points, seed=seed) if is_embedded else None
-        radius = build_neighbor_graph(points).mean_distance if len(points) > 1 else 0.0
-        return LatentAnalysis(latents, run_pca(points), embedding, cluster_kmeans(points, min(kmeans, n_distinct), seed=seed), radius)
+        return LatentAnalysis(latents, run_pca(points), embedding, cluster_kmeans(points, min(kmeans, n_distinct), seed=seed), find_support_radius(points))
 
 # %% ../nbs/50b_analysis.ipynb #5c58fceb
 def write_latent_tables(
@@ -302,7 +301,7 @@ def write_cluster_volumes(
     )
     text = render_text(f"One volume at the on-data centre of each of {len(centers)} k-means clusters, in one gray scale; neighbours in number are neighbours in latent space.")
     volumes = Section("Cluster volumes", text + render_pictures(pictures), order=400)
-    note = render_text("k-means cuts a continuum into about equal pieces: sizes are sampling densities, not populations of states, unless the cloud falls into separate groups. Support: particles within the mean neighbour distance of the centre, itself included.")
+    note = render_text("k-means cuts a continuum into about equal pieces: sizes are sampling densities, not populations of states, unless the cloud falls into separate groups. Support: particles near the centre in latent space, itself included, within a distance in which a typical particle has ten others (one in a thousand of all in a large set).")
     populations = Section("Populations", note + render_table(centers.drop(columns=names), names=cluster_names), order=500)
     return [volumes, populations]
 
@@ -327,7 +326,7 @@ def write_path(
     empty, poor = int((path.support == 0).sum()), int(path.poor_support.sum())
     warnings = [f"At {empty} of {len(path)} points no particle is near: the decoder extrapolates there."] if empty else []
     if poor > empty:
-        warnings.append(f"Support is poor at {poor} of {len(path)} points: no more particles are near ({path.floor}) than the loneliest 5 % of the particles have.")
+        warnings.append(f"Support is poor at {poor} of {len(path)} points: no more particles are near ({path.floor}) than the loneliest tenth of the particles has.")
     n_jumps = 0 if path.jump is None else int(path.jump.sum())
     if n_jumps:
         warnings.append(f"The path jumps {n_jumps} times over a gap: the data hold no particles in between, and the volumes on its two sides are no evidence of a way from one to the other.")

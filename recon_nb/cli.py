@@ -1094,6 +1094,9 @@ class HeldMessages(MemoryHandler):
         "Return whether the message comes from a run."
         return record.name == "recon_nb"
 
+    def close(self) -> None:
+        "Keep what was held and the screen: a server that sets up its own log closes the handlers of others."
+
 # %% ../nbs/90_cli.ipynb #e6fca278
 def release_messages() -> None:
     "Print the messages that were held back."
