@@ -27,10 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.spatial import cKDTree
-from tqdm.auto import tqdm
 
 from .analysis import add_to_report, bind_decoder, plot_log, render_pictures, save_figures, tabulate_points, write_volume_set
-from .core import Batch, InputError, Latents, ReconError, RunError, Volume, okabe_ito, write_atomic
+from .core import Batch, InputError, Latents, ReconError, RunError, Volume, okabe_ito, show_progress, write_atomic
 from .datasets import ParticleDataset
 from .encoding import load_others, load_own
 from .files import read_volume
@@ -38,7 +37,7 @@ from .fsc import correlate_shells, get_shells
 from .latent import choose_colors, find_nearest_rows, mark_points, plot_points, run_pca, run_umap, to_points
 from .models import ReconstructionModel
 from .report import Section, render_details, render_table, render_text
-from .runs import RunFolder, open_run, read_log, write_json
+from .runs import RunFolder, Stage, open_run, read_log, write_json
 from .training import choose_encoded, load_model, load_pose_table
 from .volumes import check_same_grid, correlate_volumes, low_pass, make_mask, require_mask
 
@@ -304,16 +303,17 @@ def follow_volumes(
     mask: str | None = None,  # .mrc; None to make one
 ) -> tuple[pd.DataFrame, list[Volume]]:  # one row a maximum and epoch: maximum, epoch, previous, correlation, fsc, fsc_nyquist, signal, noise; the last volumes
     "Compare the volumes at the maxima through the epochs, holding those of three at a time."
-    last, rows, before = list(decode(epochs[-1])), [], None
-    grid_mask = choose_mask(last, mask)
-    for previous, epoch in zip([None, *epochs[:-1]], epochs):
-        volumes = last if epoch == epochs[-1] else list(decode(epoch))
-        for number, volume in enumerate(volumes):
-            changes = compare_successive(before[number], volume, grid_mask) if before else {}
-            signal, noise = measure_noise(volume, grid_mask)
-            rows.append({"maximum": number, "epoch": epoch, "previous": previous, **changes, "signal": signal, "noise": noise})
-        before = volumes
-    return pd.DataFrame(rows), last
+    with Stage(f"following the volumes through {len(epochs)} epochs") as stage:
+        last, rows, before = list(decode(epochs[-1])), [], None
+        grid_mask = choose_mask(last, mask)
+        for done, epoch in enumerate(show_progress(epochs, "volumes of the epochs", unit="epoch"), 1):
+            volumes = last if epoch == epochs[-1] else list(decode(epoch))
+            for number, volume in enumerate(volumes):
+                changes = compare_successive(before[number], volume, grid_mask) if before else {}
+                signal, noise = measure_noise(volume, grid_mask)
+                rows.append({"maximum": number, "epoch": epoch, "previous": epochs[done - 2] if before else None, **changes, "signal": signal, "noise": noise})
+            before, stage.share = volumes, done / len(epochs)
+        return pd.DataFrame(rows), last
 
 # %% ../nbs/51_convergence.ipynb #266e047f
 def judge_volumes(
@@ -507,12 +507,14 @@ def ask_images(
     dataset, known = choose_encoded(load_own(run, changes), run.config), next(iter(latents.values())).particle
     other = None if unseen is None else choose_encoded(load_unseen(run, unseen, known, changes), run.config)
     rows, seen, fresh = sample_rows(len(known), n_images, seed), [], []
-    for epoch, z in tqdm(latents.items(), desc="images", unit="epoch", leave=False):
-        model = load_model(run, epoch, device=device)
-        table = load_pose_table(run, dataset, epoch) if run.config.train.optimize_poses else None
-        seen.append(measure_prediction(model, dataset, z, rows=rows, pose_table=None if table is None else table.to(model.device)).assign(epoch=epoch))
-        if other is not None:
-            fresh.append(measure_unseen(model, other, z.mu[maxima.row], rows=sample_rows(other.n_particles, n_images, seed)).assign(epoch=epoch))
+    with Stage(f"predicting the images of {len(rows)} particles at {len(latents)} epochs") as stage:
+        for epoch, z in show_progress(latents.items(), "images of the epochs", total=len(latents), unit="epoch"):
+            model = load_model(run, epoch, device=device)
+            table = load_pose_table(run, dataset, epoch) if run.config.train.optimize_poses else None
+            seen.append(measure_prediction(model, dataset, z, rows=rows, pose_table=None if table is None else table.to(model.device)).assign(epoch=epoch))
+            if other is not None:
+                fresh.append(measure_unseen(model, other, z.mu[maxima.row], rows=sample_rows(other.n_particles, n_images, seed)).assign(epoch=epoch))
+            stage.share = len(seen) / len(latents)
     return [pd.concat(tables, ignore_index=True) for tables in (seen, fresh) if tables]
 
 # %% ../nbs/51_convergence.ipynb #ee18c6c9
@@ -539,12 +541,12 @@ def suggest_epoch(
         decisive = found["volumes"]
     else:
         decisive = next((found[name] for name in ("loss", "volumes") if found[name].state == "changing"), found["loss"])
-    why = f"{decisive.name}: {decisive.words}"
+    why = f"{decisive.name}: {decisive.words.rstrip('.')}"
     if decisive.state == "worsening":
-        return Suggestion("trained into noise", decisive.epoch, f"Use epoch {decisive.epoch}, not the last; the network has begun to learn noise ({why})")
+        return Suggestion("trained into noise", decisive.epoch, f"Use epoch {decisive.epoch}, not the last; the network has begun to learn noise ({why}).")
     caution = f" Fine noise grows in the volumes as well: trust no detail that epoch {found['volumes'].epoch} does not show." if noise else ""
     if decisive.state == "changing" and not noise:
-        return Suggestion("train further", last, f"Train further: {last} epochs were not enough ({why}). Until then use epoch {last}.")
+        return Suggestion("train further", last, f"Train further (recon train --resume, with more --epochs): {last} epochs were not enough ({why}). Until then use epoch {last}.")
     return Suggestion("settled", last, f"Use epoch {last}; further training would change little ({why}).{caution}")
 
 # %% ../nbs/51_convergence.ipynb #4155f212
@@ -560,10 +562,12 @@ def embed_latents(
     epochs = list(latents)
     shown = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, min(n_shown, len(epochs))).round().astype(int))]
     rows, clouds = sample_rows(len(latents[epochs[-1]]), max_particles, seed), {}
-    for epoch in shown:
-        points = to_points(latents[epoch])[rows]
-        flat = run_umap(points, seed=seed) if umap and points.shape[1] > 1 else run_pca(points).coordinates[:, :2]
-        clouds[epoch] = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    with Stage(f"embedding the latents of {len(shown)} epochs") as stage:
+        for epoch in show_progress(shown, "latents of the epochs", unit="epoch"):
+            points = to_points(latents[epoch])[rows]
+            flat = run_umap(points, seed=seed) if umap and points.shape[1] > 1 else run_pca(points).coordinates[:, :2]
+            clouds[epoch] = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+            stage.share = len(clouds) / len(shown)
     return rows, clouds
 
 # %% ../nbs/51_convergence.ipynb #1c063d58
