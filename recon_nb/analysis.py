@@ -646,9 +646,9 @@ def analyze_run(
         sections = [latents, *volumes, write_component_volumes(folder, analysis, decode, n_components=n_components, n_points=n_points)]
     sections += [make_summary_section(run, epoch, facts), make_data_section(run, facts), make_settings_section(run, format_command(run, epoch, {**chosen, **options}))]
     sections += [make_training_section(folder, run, epoch), *filter(None, [make_convergence_note(run, epoch)])]
-    if is_closed_form(run):
+    if (run.path / "subspace.json").exists():
         sections.append(make_subspace_section(folder, run))
-    else:
+    if not is_closed_form(run):  # of which `run_subspace` has said it
         for doubt in find_doubts(run, epoch):
             logging.getLogger("recon_nb.analysis").warning(doubt)
     return add_to_report(run, *sections, epoch=epoch)

@@ -37,7 +37,7 @@ from .fsc import correlate_shells, get_shells
 from .latent import choose_colors, find_nearest_rows, mark_points, plot_points, run_pca, run_umap, to_points
 from .models import ReconstructionModel
 from .report import Section, render_details, render_table, render_text
-from .runs import RunFolder, Stage, open_run, read_log, write_json
+from .runs import RunFolder, Stage, is_closed_form, open_run, read_log, write_json
 from .training import choose_encoded, load_model, load_pose_table
 from .volumes import check_same_grid, correlate_volumes, low_pass, make_mask, require_mask
 
@@ -49,7 +49,7 @@ def choose_epochs(
     n_epochs: int = 12,  # at most, where they are not named
 ) -> list[int]:  # ascending
     "Return the epochs to compare; raise `RunError` where weights or latents of too few were kept, or there is nothing to compare."
-    if (run.path / "subspace.json").exists() and len(run.epochs) <= 1:
+    if is_closed_form(run):
         raise RunError(f"{run.path} was solved in closed form: there are no epochs to compare. The section Subspace of its report says how far the halves of the data agree.")
     if run.config.model.zdim == 0:
         raise RunError(f"{run.path} is homogeneous: it has no latents. Train the halves of the data apart and compare their maps with `recon fsc`.")

@@ -802,8 +802,8 @@ class Stage:
 def is_closed_form(
     run: RunFolder,
 ) -> bool:
-    "Tell whether a run was solved in closed form (`recon subspace`)."
-    return (run.path / "subspace.json").is_file()
+    "Tell whether a run was solved in closed form (`recon subspace`) and not trained on since."
+    return (run.path / "subspace.json").is_file() and len(run.epochs) <= 1
 
 # %% ../nbs/40_runs.ipynb #f9e35b8a
 def name_epoch(
