@@ -123,6 +123,8 @@ def open_tomogram(
     header = read_mrc_header(path)
     if pixel_size is None and (header.pixel_size is None or header.anisotropy > 0.01):
         raise InputError(f"{path}: the header gives no usable pixel size; give it (Å, of the tomogram as binned).")
+    if pixel_size is not None and not pixel_size > 0:
+        raise InputError(f"{path}: --voxel-size {pixel_size:g}: a voxel has a size above 0 Å; give that of the tomogram as binned, or leave it to the header.")
     if header.shape[0] < 2:
         raise InputError(f"{path}: one section is an image, not a tomogram.")
     data = np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape)
@@ -149,8 +151,9 @@ def choose_tomogram(
         name = max(fits, key=len) if fits and all(stem(known) in stem(max(fits, key=len)) for known in fits) else None
     if name is None or name not in names:
         listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        what = f'There is no tomogram "{name}".' + suggest_names(name, names) if name is not None else f"It is not clear which tomogram {path or 'is meant'} is."
-        raise InputError(f"{what} The particles come from {listed}; say which with --name.")
+        if name is not None:
+            raise InputError(f'There is no tomogram "{name}".{suggest_names(name, names)}')
+        raise InputError(f"It is not clear which tomogram {path or 'is meant'} is. The particles come from {listed}; give the file the name of its tomogram, or say which it is with recon context --name.")
     return table[table.tomogram == name].reset_index(drop=True)
 
 # %% ../nbs/60_tomogram.ipynb #8940381f
@@ -228,7 +231,7 @@ def color_particles(
     if column is None:
         return Coloring("", np.full(len(particles), okabe_ito[1]), {}, None)
     if column not in particles:
-        raise InputError(f'There is no column "{column}" to colour by.' + suggest_names(column, list(particles)) + f" Known: {', '.join(particles)}.")
+        raise InputError(f'There is no column "{column}" to colour by.' + suggest_names(column, list(particles)))
     values = particles[column]
     known = values.notna().to_numpy()
     numbers = pd.to_numeric(values, errors="coerce") if not pd.api.types.is_bool_dtype(values) else None
@@ -654,6 +657,8 @@ def write_context(
     if outside:
         logging.getLogger("recon_nb.tomogram").warning("%d of %d particles lie outside the tomogram; is its pixel size %g Å right?", outside, len(own), tomogram.pixel_size)
     thickness = 5 * tomogram.pixel_size if thickness is None else thickness
+    if not (length > 0 and thickness >= 0 and n_neighbors >= 1):
+        raise InputError(f"--length {length:g}, --thickness {thickness:g} (both Å), --n-neighbors {n_neighbors}: a cone has a length above 0, a slice a thickness of 0 or more, and 1 neighbour or more is looked for.")
     coloring = color_particles(table, color).take(table.particle.isin(own.particle).to_numpy())
     neighbors = find_neighbors(table, n_neighbors=n_neighbors)
     nearest = neighbors[neighbors["rank"] == 0].set_index("particle")[["neighbor", "distance"]].add_prefix("nearest_")
