@@ -18,6 +18,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +41,7 @@ from .fourier import Lattice
 from .fsc import compute_fsc, find_resolution, plot_fsc, write_fsc
 from .refinement import build_map, finish_solution, narrow_report, refine_poses
 from .report import Section, assemble_report, describe_versions, render_code, render_facts, render_files, render_text, render_warnings, save_section
-from .runs import DataConfig, RunConfig, RunFolder, collect_log, describe_inputs, record_log, remove_leftovers, require_free, save_arrays, write_json
+from .runs import DataConfig, RunConfig, RunFolder, Stage, collect_log, describe_inputs, record_log, remove_leftovers, require_free, save_arrays, write_json
 from .runs import Section as Settings
 from .search import SearchPlan, WhitenedImages, find_poses, list_shifts, plan_search
 from .so3 import make_rotation_grid, mirror_rotations, plot_view_directions, sample_rotations
@@ -106,12 +107,11 @@ def crop_stack(
 
 # %% ../nbs/55_abinit.ipynb #5a50bc77
 class Progress:
-    "Shows stages and their shares as bars with the time left, and keeps the seconds of each stage."
+    "Shows stages and their shares as bars with the time left, or in the log where there is no terminal, and keeps the seconds of each stage."
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}  # wall time by stage
-        self._bar: Any = None
-        self._began, self._stage = time.perf_counter(), ""
+        self._open, self._began, self._name = ExitStack(), time.perf_counter(), ""
 
     def __call__(
         self,
@@ -119,20 +119,22 @@ class Progress:
         share: float,  # of it that is done, 0 to 1
     ) -> None:
         "Move the bar; a new stage gets a new one."
-        if stage != self._stage:
+        if stage != self._name:
             self.close()
-            self._bar = tqdm(total=100, desc=stage, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed} < {remaining}", leave=False, disable=None if is_main() else True)
-            self._stage, self._began = stage, time.perf_counter()
+            self._name, self._began = stage, time.perf_counter()
+            bar = tqdm(total=100, desc=stage, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed} < {remaining}", leave=False, disable=None if is_main() else True)
+            self._bar, self._stage = self._open.enter_context(bar), self._open.enter_context(Stage(stage, closing=False))
         self._bar.update(min(100 * share, 100) - self._bar.n)
+        self._stage.share = share
 
     def close(self) -> None:
         "End the stage and say how long it took."
-        if self._bar is not None:
-            self._bar.close()
+        self._open.close()
+        if self._name:
             spent = time.perf_counter() - self._began
-            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
-            logging.getLogger("recon_nb").info("%s: %.1f s", self._stage, spent)
-        self._bar, self._stage = None, ""
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + spent
+            logging.getLogger("recon_nb").info("%s: %.1f s", self._name, spent)
+        self._name = ""
 
 # %% ../nbs/55_abinit.ipynb #cf80d6de
 def count_starts(
@@ -577,7 +579,7 @@ def abinit_run(
 ) -> Path:  # the folder
     "Find poses for a particle file and leave a run folder; raise `RunError` rather than overwrite anything."
     out, progress = Path(out), Progress()
-    with join_team(device) as where, collect_log() as records:
+    with join_team(device) as where, collect_log() as records, closing(progress):
         require_free(out)
         stack, warnings = load_images(particles, config, reading)
         found = solve_stack(stack, config, flip_hand=flip_hand, device=where, report=progress)

@@ -57,7 +57,7 @@ from .export import read_own_rows, write_selected
 from .filtering import prepare_output
 from .latent import choose_colors, cluster_kmeans, import_plotly, to_points
 from .pickers import make_pictures, plot_pictures
-from .runs import RunFolder, choose_reading, open_run, update_config
+from .runs import RunFolder, choose_reading, name_epoch, open_run, update_config
 from .selection import select_rows
 from .surfaces import choose_level, choose_scene, draw_views, make_surface_traces, outline_map, subtract_volumes, write_session
 
@@ -661,7 +661,7 @@ def describe_run(
     found: Exploration,
 ) -> str:  # HTML
     "Say what is explored, and what is not there."
-    facts = [found.run.path.resolve().name, f"epoch {found.epoch}", f"{len(found.table):,} particles", f"{found.z.shape[1]} latent dimension{'s' * (found.z.shape[1] > 1)}"]
+    facts = [found.run.path.resolve().name, name_epoch(found.run, found.epoch), f"{len(found.table):,} particles", f"{found.z.shape[1]} latent dimension{'s' * (found.z.shape[1] > 1)}"]
     facts += [] if found.stack is None else [f"images of {found.stack.box} px, {found.stack.pixel_size:.3g} Å/px"]
     note = format_note(f"No images are shown: {found.missing}" if found.missing else "")
     return f"<h3>{html.escape(facts[0])}</h3>{html.escape(', '.join(facts[1:]))}<br><small>{html.escape(str(found.run.path.resolve()))}</small>{note}"

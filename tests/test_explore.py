@@ -8,10 +8,11 @@ import pytest
 from explorer_page import ExplorerPage, list_missing, make_large_run, open_browser, serve_explorer
 from test_latent import make_run
 
-from recon_nb.clouds import measure_support, select_inside
+from recon_nb.clouds import select_inside
 from recon_nb.core import ConfigError, InputError, RunError, Selection
 from recon_nb.explore import explore_run, find_centers, load_exploration, make_volumes
 from recon_nb.files import read_particles
+from recon_nb.latent import find_support_radius
 from recon_nb.runs import make_config
 from recon_nb.simulate import make_phantom, simulate_stack, write_simulation
 from recon_nb.subspace import run_subspace
@@ -66,12 +67,14 @@ def test_a_run_of_tilt_series_is_explored(tilt_run):
 
 
 def test_support_of_a_large_cloud(large_run):
-    """The radius from a sample is that of all; the small group is a place of its own."""
+    """The radius from a sample is that of all; the centre of a group is well supported, the space between groups is not, and a small group is a place of its own."""
     found = load_exploration(large_run)
-    sparse, dense = measure_support(found.z, n_asked=2000), measure_support(found.z, n_asked=20_000)
-    assert sparse.radius == pytest.approx(dense.radius, rel=0.05)
+    assert found.support.radius == pytest.approx(find_support_radius(found.z, max_points=80_000), rel=0.05)
+    assert 300 < found.support.typical < 500  # one in a thousand
+    in_large, between = found.support.count(np.array([[0, 0, 0, 0], [-3, 4, 0, 0]]))
+    assert in_large > found.support.typical > found.support.floor > between
     [volume] = make_volumes(found, [399_800])
-    assert volume.support > sparse.floor
+    assert volume.support > 100
 
 
 def test_what_cannot_be_explored_is_refused_before_a_page_opens(large_run, tmp_path, monkeypatch):
@@ -120,7 +123,7 @@ def test_drawing_and_clicking(run, browser, tmp_path):
         page.wait_for(lambda: 'exists' in page.get_note('poor'), 'the name is taken, which is said')
 
         page.click(groups[1])
-        page.wait_for(lambda: 'this volume, within' in page.get_support(), 'a click makes a volume, with its support')
+        page.wait_for(lambda: 'near this volume' in page.get_support(), 'a click makes a volume, with its support')
         page.wait_for(lambda: len(page.get_images()) == 2, 'sections')
         sections = page.get_images()
         page.click(groups[2])
@@ -205,7 +208,7 @@ def test_tilt_series_whose_images_have_moved(tilt_run, browser, tmp_path):
             page.draw(surround(np.median(plane, axis=0), plane.std(axis=0)))
             page.wait_for(lambda: page.count_marked() > 5, 'particles are marked')
             page.click(plane[3])
-            page.wait_for(lambda: 'this volume, within' in page.get_support(), 'a volume')
+            page.wait_for(lambda: 'near this volume' in page.get_support(), 'a volume')
             page.wait_for(lambda: len(page.get_images()) == 1, 'sections alone')
             page.press('save selection')
             page.wait_for(lambda: 'picked.star' in page.get_note('good'), 'saved')
@@ -231,7 +234,7 @@ def test_a_lasso_on_400_000_particles(large_run, browser, tmp_path):
             expected = int(select_inside(plane, [lasso]).sum())
             assert abs(page.count_marked() - expected) <= 0.02 * expected + 4
         page.click(plane[-1])
-        page.wait_for(lambda: 'this volume, within' in page.get_support(), 'a volume')
+        page.wait_for(lambda: 'near this volume' in page.get_support(), 'a volume')
         page.keep('explore_large')
         assert (page.elsewhere, page.errors) == ([], [])
         page.page.close()
