@@ -713,9 +713,9 @@ def test_settings_of_reading_reach_every_reader():
 def test_inspect_says_what_came_from_where(written, capsys):
     assert main(['inspect', str(written)]) == 0
     text = capsys.readouterr().out
-    for word in ('n_particles', 'tilts_per_particle', 'dose_range', 'dose_convention', 'tilt_range', 'dose from', 'particle from'):
+    for word in ('particles', 'tilts of a particle', 'accumulated dose', 'e/Å²', 'dose counted', 'tilt angles', 'degrees', 'dose read from', 'particle read from', 'Next: '):
         assert word in text, text
-    assert ('n_tomograms' in text) == (written.name != 'pyp.star')
+    assert ('tomograms  ' in text) == (written.name != 'pyp.star')
     assert ('8 of 35 frames are hidden' in text) == (written.name == 'run_optimisation_set.star')
 
 
