@@ -32,9 +32,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .amortised import AmortisedConfig, make_amortised_config, plan_radius, solve_amortised
-from .analysis import fact_names, save_figures
+from .analysis import save_figures
 from .core import ConfigError, InputError, MissingStackError, Poses, RunError, Selection, get_world_size, is_main, make_generator, okabe_ito, write_atomic
-from .datasets import ParticleDataset, ParticleStack, find_warnings, inspect_stack, load_stack, measure_contrast
+from .datasets import ParticleDataset, ParticleStack, describe_facts, find_warnings, inspect_stack, load_stack, measure_contrast
 from .diagnosis import Diagnosis, compare_poses, measure_evenness, measure_gain
 from .files import CryosparcSource, ParticleTable, build_cryosparc_source, change_table, resolve_stack_paths, write_particles, write_volume
 from .fourier import Lattice
@@ -452,7 +452,7 @@ def make_sections(
     verdict, limits = found.diagnosis.verdict, [str(find_resolution(found.fsc, threshold)) for threshold in (0.5, 0.143)]
     says = render_text(f"{found.diagnosis.describe()[0].upper()}{found.diagnosis.describe()[1:]}") if verdict == "solved" else render_warnings([found.diagnosis.describe()])
     data = inspect_stack(replace(stack, poses=None))
-    shown = {fact_names.get(name, name): value for name, value in data.items() if name not in ("warnings", "has_poses", "has_tilts") and value is not None}
+    shown = describe_facts({name: value for name, value in data.items() if name not in ("has_poses", "has_tilts")})
     commands = suggest_commands(run, verdict, read_source_file(folder))
     advised = advice["alone" if verdict == "solved" and found.diagnosis.n_starts == 1 else verdict]
     return [

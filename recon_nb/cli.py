@@ -712,12 +712,13 @@ def finish_training(
 ) -> None:
     "Say how far a run has come; analyse it where it is complete."
     from recon_nb.analysis import analyze_run
+    from recon_nb.runs import name_epoch
 
     done, epochs = run.epochs[-1] if run.epochs else 0, run.config.train.epochs
     if done < epochs:
         print(f"stopped in epoch {done + 1} of {epochs}; go on with: recon train --resume -o {run.path}")
         return
-    print(f"epoch {done} of {epochs}: {run.path}")
+    print(f"{name_epoch(run, done)}: {run.path}")
     if analysis:
         print("analysing: clusters, embedding, volumes (--no-analysis leaves it out)", flush=True)
         print(f"report: {analyze_run(run, done, **options)}")

@@ -413,6 +413,8 @@ def find_selected_rows(
     n_total = selection.n_total if table is None else table.n_particles
     if selection.n_total != n_total:
         raise InputError(f"Selection {name} is out of {selection.n_total} particles, but the run's file holds {n_total}: it belongs to another file.")
+    if not len(selection):
+        raise InputError(f"Selection {name} holds no particle; choose one that does.")
     known = np.intersect1d(np.asarray(selection.particles, dtype=np.int64), latents.particle.cpu().numpy())
     if not len(known):
         raise InputError(f"None of the {len(selection)} particles of selection {name} has latents in this run.")

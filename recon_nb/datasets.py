@@ -718,6 +718,7 @@ fact_words = {  # name of a fact to what a person calls it, and its unit
     "dose_range": ("accumulated dose", "e/Å²"), "dose_convention": ("dose counted", "the image was taken"), "dose_weighted": ("filtered by dose already", ""),
     "inverted": ("contrast inverted while reading", ""), "contrast_standard_errors": ("particles brighter than background by", "standard errors"),
     "background_mean": ("background, mean", "(grey values)"), "background_sd": ("background, standard deviation", "(grey values)"),
+    "scale": ("images divided by", ""), "subtract_background": ("background subtracted", ""), "n_buffer": ("images in the shuffle buffer", ""),
 }
 
 # %% ../nbs/21_datasets.ipynb #d3ae4588

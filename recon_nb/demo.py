@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['state_names', 'write_demo_particles', 'make_demo_config', 'plot_ensemble', 'measure_chance', 'describe_outcome',
-           'Demo', 'compare_with_truth', 'run_demo']
+           'Demo', 'compare_with_truth', 'describe_earlier', 'run_demo']
 
 # %% ../nbs/50c_demo.ipynb #ae02b9ac
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,18 @@ def compare_with_truth(
     return agreement
 
 # %% ../nbs/50c_demo.ipynb #ae28cc79
+def describe_earlier(
+    run: RunFolder,  # of a demonstration
+    n_particles: int,  # that are asked for now
+    epochs: int,  # the same
+) -> str:  # empty where they are what is asked for
+    "Say what an earlier demonstration goes on with, where something else is asked for."
+    had = (run.inputs.get("data", {}).get("n_particles", n_particles), run.config.train.epochs)
+    if had == (n_particles, epochs):
+        return ""
+    return f"{run.path.parent} holds a demonstration of {had[0]} particles and {had[1]} epochs, which goes on as it began; choose another name with -o for {n_particles} particles and {epochs} epochs."
+
+# %% ../nbs/50c_demo.ipynb #06b92e9f
 def run_demo(
     folder: Path | str,  # to make, or of an earlier demonstration to go on with
     *,
@@ -173,6 +186,8 @@ def run_demo(
         raise RunError(f"{folder} exists and holds something else than a demonstration; choose another name with -o.")
     star = write_demo_particles(data, n_particles, box=box, seed=seed)
     config = None if is_run(path) else make_demo_config(star, epochs=epochs, seed=seed)
+    if config is None and (told := describe_earlier(open_run(path), n_particles, epochs)):
+        logging.getLogger("recon_nb.demo").warning(told)
     run = train_run(path, config, device=device)
     if not run.epochs or run.epochs[-1] < run.config.train.epochs:
         return None

@@ -817,7 +817,7 @@ def write_template(
 def find_voila_template() -> str:  # index.html.j2
     "Return Voila's own page; raise `ConfigError` where Voila is not installed."
     if find_spec("voila") is None:
-        raise ConfigError("The explorer in the browser needs Voila: pip install 'recon_nb[app]'. In JupyterLab `recon_nb.explore.open_explorer(run).widget` shows the same.")
+        raise ConfigError("The explorer in the browser needs Voila: pip install 'recon_nb[app]', or in a clone pip install -c constraints.txt -e '.[app]'. In JupyterLab `recon_nb.explore.open_explorer(run).widget` shows the same.")
     from jupyter_core.paths import jupyter_path
 
     for folder in jupyter_path("voila", "templates"):

@@ -7,8 +7,8 @@ __all__ = ['phantoms', 'Atoms', 'read_atoms', 'sum_gaussians', 'make_linear_weig
            'simulate_bandlimited_density', 'fill_ellipsoid', 'join_atoms', 'make_ribosome_phantom',
            'make_hinge_phantom', 'make_phantom', 'draw_labels', 'draw_poses', 'draw_ctf', 'perturb_poses',
            'match_volumes', 'render_images', 'add_white_noise', 'ImageFile', 'list_columns', 'tabulate_stack',
-           'SimulatedStack', 'tabulate_truth', 'choose_states', 'make_images', 'check_lengths', 'simulate_stack',
-           'write_simulation']
+           'SimulatedStack', 'tabulate_truth', 'choose_states', 'make_images', 'draw_contrast', 'check_lengths',
+           'simulate_stack', 'write_simulation']
 
 # %% ../nbs/22_simulate.ipynb #b3defd2f
 import json
@@ -553,6 +553,18 @@ def make_images(
     add_white_noise(images, sigma, seed)
     return images, sigma
 
+# %% ../nbs/22_simulate.ipynb #739cf574
+def draw_contrast(
+    n: int,  # images
+    sigma: float = 0.0,  # spread of the logarithm; 0 for none
+    *,
+    generator: torch.Generator,
+) -> Tensor:  # (n,)
+    "Draw a factor for every image."
+    if not 0 <= sigma <= 2:
+        raise InputError(f"The spread of the contrast is {sigma:g}; expected 0 (none) to 2, and .1 to .3 of real images.")
+    return torch.exp(sigma * torch.randn(n, generator=generator) - sigma**2 / 2)
+
 # %% ../nbs/22_simulate.ipynb #fabd3355
 def check_lengths(
     n: int,  # N, number of images
@@ -595,8 +607,7 @@ def simulate_stack(
         poses = draw_poses(n, max_shift=max_shift, shift_sigma=shift_sigma, generator=draw("poses"))
     if not apply_ctf or ctf is None:
         ctf = draw_ctf(n, defocus_pool=defocus_pool, generator=draw("ctf")) if apply_ctf else None
-    drawn = torch.exp(contrast_sigma * torch.randn(n, generator=draw("contrast")) - contrast_sigma**2 / 2)
-    contrast = drawn if contrast is None else contrast
+    contrast = draw_contrast(n, contrast_sigma, generator=draw("contrast")) if contrast is None else contrast
     check_lengths(n, poses=poses, ctf=ctf, contrasts=contrast)
     images, noise_sigma = make_images(volumes, labels, poses, ctf=ctf, contrast=contrast, snr=snr, seed=seed, scratch=scratch)
     particle = torch.arange(n)
