@@ -584,7 +584,7 @@ def abinit_run(
         stack, warnings = load_images(particles, config, reading)
         found = solve_stack(stack, config, flip_hand=flip_hand, device=where, report=progress)
         progress.close()
-        logging.getLogger("recon_nb").log(logging.INFO if found.diagnosis.verdict == "solved" else logging.WARNING, found.diagnosis.describe())
+        logging.getLogger("recon_nb.abinit").log(logging.INFO if found.diagnosis.verdict == "solved" else logging.WARNING, found.diagnosis.describe())
         asked = {**dataclasses.asdict(config), "flip_hand": flip_hand, "device": str(where)}
         facts = {**asked, **{f"{stage}, s": s for stage, s in progress.seconds.items()}}
         try:

@@ -52,7 +52,7 @@ def tabulate_conditions(
     "Tabulate under which conditions every particle was imaged."
     rows, numbers = table.rows, {}
     particle = rows["particle"].to_numpy() if "particle" in rows else np.arange(table.n_images)
-    if table.has_defocus:
+    if {"defocus_u", "defocus_v"} <= set(rows):
         numbers |= {"defocus": (rows["defocus_u"] + rows["defocus_v"]) / 2, "astigmatism": (rows["defocus_u"] - rows["defocus_v"]).abs()}
     if table.has_poses:
         poses = table.get_poses()

@@ -14,6 +14,7 @@ __all__ = ['choose_epochs', 'Verdict', 'find_settled', 'start_last_third', 'judg
 # %% ../nbs/51_convergence.ipynb #9ec93253
 import logging
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def choose_epochs(
     chosen = sorted(set(epochs)) if epochs else kept
     if len(chosen) < 3:
         raise RunError(
-            f"{run.path} has weights and latents of {len(chosen)} epochs ({', '.join(map(str, chosen)) or 'none'}); at least three are compared. Train further, with --checkpoint-every 1 --encode-every 1 --keep-last 0."
+            f"{run.path} has weights and latents of {len(chosen)} epochs ({', '.join(map(str, chosen)) or 'none'}); at least three are compared. Train further: recon train --resume -o {shlex.quote(str(run.path))} --epochs {run.config.train.epochs + 3} --checkpoint-every 1 --encode-every 1 --keep-last 0."
         )
     train = run.config.train
     if not epochs and train.start_radius < 1 and sum(e >= train.radius_epochs for e in chosen) >= 3:

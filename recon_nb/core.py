@@ -331,6 +331,8 @@ class Selection:
         try:
             content = json.loads(Path(path).read_text())
             return cls(tuple(content["particles"]), int(content["n_total"]), str(content.get("reason", "")))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file; recon filter writes selections.") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a selection ({error!r}); expected JSON with particles, n_total, reason.") from error
 

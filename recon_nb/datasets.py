@@ -15,6 +15,7 @@ __all__ = ['storage_types', 'fact_words', 'ParticleStack', 'MissingImages', 'ope
 import logging
 import math
 import os
+import shlex
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -746,6 +747,7 @@ def suggest_step(
     path: str | Path,  # of the particle file
 ) -> str:
     "Say in a sentence what to do next with a particle file."
+    path = shlex.quote(str(path))
     if facts["background_sd"] is None:
         return "Next: the images were not found; name their folder by --datadir, and inspect again."
     if not facts["has_poses"] and facts["has_ctf"] and not facts["has_tilts"]:

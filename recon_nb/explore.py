@@ -7,7 +7,7 @@ __all__ = ['combinations', 'ink', 'page_style', 'units', 'tools', 'patience', 'E
            'make_volumes', 'find_centers', 'save_marked', 'draw_marked', 'choose_look', 'read_zoom', 'listen',
            'erase_drawings', 'publish', 'render_png', 'make_row', 'make_card', 'format_note', 'add_unit', 'make_plane',
            'make_plane_controls', 'paint_plane', 'Plane', 'CloudView', 'make_volume_controls', 'VolumeView',
-           'describe_run', 'make_button', 'Explorer', 'open_explorer', 'make_app', 'write_template',
+           'describe_run', 'make_button', 'Explorer', 'open_explorer', 'make_app', 'write_template', 'write_kernel',
            'find_voila_template', 'explore_run']
 
 # %% ../nbs/61_explore.ipynb #41040eb3
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -793,7 +794,7 @@ def make_app(
     "Return the notebook that shows the explorer of a run."
     given = ", ".join([repr(str(run.absolute())), *(f"{name}={value!r}" for name, value in options.items())])
     code = f"import os\n\nos.chdir({str(Path.cwd())!r})\nfrom recon_nb.explore import open_explorer\n\nopen_explorer({given}).widget"
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    kernel = {"name": "recon", "display_name": "recon_nb", "language": "python"}
     cell = {"id": "explorer", "cell_type": "code", "metadata": {}, "source": code, "outputs": [], "execution_count": None}
     return {"cells": [cell], "metadata": {"kernelspec": kernel, "title": f"{run.name} - recon explore"}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -812,6 +813,16 @@ def write_template(
     home.mkdir(parents=True)
     (home / "index.html.j2").write_text(text, encoding="utf-8")
     (home / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
+
+# %% ../nbs/61_explore.ipynb #53c58e35
+def write_kernel(
+    folder: Path,  # goes into JUPYTER_PATH
+) -> None:
+    "Write a kernel that runs this Python."
+    home = folder / "kernels" / "recon"
+    home.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    (home / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "recon_nb", "language": "python"}), encoding="utf-8")
 
 # %% ../nbs/61_explore.ipynb #cfc3fb46
 def find_voila_template() -> str:  # index.html.j2
@@ -854,9 +865,12 @@ def explore_run(
         page = Path(folder) / "explore.ipynb"
         page.write_text(json.dumps(make_app(opened.path, options)), encoding="utf-8")
         write_template(Path(folder) / "share", source)
+        write_kernel(Path(folder) / "share")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(Path(folder) / "share"), os.environ.get("JUPYTER_PATH", "")]))
         flags = [f"--port={port}", "--template=recon", f"--theme={'dark' if dark else 'light'}", "--token", "--show_tracebacks=True", *([] if browser else ["--no-browser"])]
         server = Voila.instance()
         server.initialize([str(page), *flags, "--Voila.log_level=ERROR"])
-        IOLoop.current().add_callback(lambda: logging.getLogger("recon_nb").info("%s is served at %s (first opened, it takes some seconds; Ctrl-C ends it)", run, server.display_url))
+        taken = lambda: "" if server.port == port else f"port {port} is taken; "
+        IOLoop.current().add_callback(lambda: logging.getLogger("recon_nb").info("%s is served at %s (%sfirst opened, it takes some seconds; Ctrl-C ends it)", run, server.display_url, taken()))
+        logging.getLogger("tornado").setLevel(logging.ERROR)
         server.start()

@@ -545,7 +545,7 @@ class ParticleTable:
     @property
     def has_defocus(self) -> bool:
         "Whether the file describes a CTF, if perhaps incompletely."
-        return "defocus_u" in self.rows
+        return "defocus_u" in self.rows or "defocus_v" in self.rows
 
     def get_poses(self, dtype: torch.dtype = torch.float32) -> Poses:
         "Return the poses, computed in double precision; raise `InputError` with the reason where there are none."
@@ -1485,8 +1485,9 @@ def check_suffix(
 ) -> str:  # the extension
     "Return the extension of a path; raise `InputError` naming the ones that are known."
     if path.is_dir():
-        inside = next((str(p) for p in sorted(path.iterdir(), key=lambda p: (p.suffix not in (".star", ".cs"), p.name)) if p.suffix in known), f"one of type {', '.join(known)}")
-        raise InputError(f"{path}: this is a folder; give the file in it that lists the particles: {inside}")
+        inside = [str(p) for p in sorted(path.iterdir(), key=lambda p: (p.suffix not in (".star", ".cs"), p.stem != "particles", p.name)) if p.suffix in known]
+        named = " or ".join(inside[:3]) or f"one of type {', '.join(known)}"
+        raise InputError(f"{path}: this is a folder; give the file in it that lists the particles: {named}")
     if path.suffix not in known:
         raise InputError(f"{path}: files of type '{path.suffix}' are not read.{suggest_names(path.suffix, known)}")
     return path.suffix

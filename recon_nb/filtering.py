@@ -146,7 +146,10 @@ def choose_particles(
         return select_inliers(scaled, threshold=threshold, errors={"contrast": look_up_column(table, "contrast_error", whose["particle"])}, **whose), None
     if method != "column" or len(columns) != 1:
         raise InputError(f'The method column needs one column (--columns), such as contrast; found {len(columns)}.' if method == "column" else f'There is no method "{method}"; use kmeans, gmm, zscore, column or outline.')
-    return select_range(values[columns[0]], low=low, high=high, name=columns[0], **whose), None
+    chosen = select_range(values[columns[0]], low=low, high=high, name=columns[0], **whose)
+    if not len(chosen):
+        raise InputError(f"No particle is kept: {chosen.reason}, but {columns[0]} runs from {np.nanmin(values[columns[0]]):g} to {np.nanmax(values[columns[0]]):g}.")
+    return chosen, None
 
 # %% ../nbs/52d_filtering.ipynb #8cb5b808
 def draw_filter(
@@ -217,9 +220,9 @@ def prepare_output(
     path = locate_selection(run, out)
     if path.suffix != ".json":
         raise InputError(f"A selection is written as .json; found {path}. Give a bare name, or a path ending in .json.")
-    for other in (path, path.with_suffix(".star"), path.with_suffix(".cs")):
-        if other.exists():
-            raise InputError(f"{other} exists; choose another name with -o, or remove it.")
+    there = [str(other) for other in (path, path.with_suffix(".star"), path.with_suffix(".cs")) if other.exists()]
+    if there:
+        raise InputError(f"A selection of this name exists ({', '.join(there)}); choose another name with -o, or remove it.")
     return path
 
 # %% ../nbs/52d_filtering.ipynb #6733848e

@@ -789,7 +789,7 @@ class Stage:
         wait = self.delay
         while not self._over.wait(wait):
             spent = time.monotonic() - self._began
-            left = f"; {self.share:.0%} done, about {format_duration(spent / self.share - spent)} left" if self.share > 0 else ""
+            left = f"; {self.share:.0%} done, about {format_duration(spent / self.share - spent)} left of it" if self.share > 0 else ""
             self._say(f"{self.doing}{f', for {format_duration(spent)} now' if self._spoke else ''}{left}")
             self._spoke, wait = True, min(max(spent, 3 * self.delay - spent), 600.0)
 

@@ -247,7 +247,7 @@ def test_a_long_epoch_says_how_far_it_is(tmp_path, monkeypatch, has_bars):
     with collect_log() as records:
         list(fit(model, dataset, run, device='cpu', on_step=lambda *step: time.sleep(0.05)))
     said = [(record.name, record.getMessage()) for record in records if 'done, about' in record.getMessage()]
-    assert said and all(re.fullmatch(r'epoch 1 of 1(, for \d+ s now)?; \d+% done, about \d+ s left', words) for _, words in said), said
+    assert said and all(re.fullmatch(r'epoch 1 of 1(, for \d+ s now)?; \d+% done, about \d+ s left of it', words) for _, words in said), said
     assert {name for name, _ in said} == {'recon_nb.stages' if has_bars else 'recon_nb'}
 
 
