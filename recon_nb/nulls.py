@@ -153,7 +153,7 @@ class HeterogeneityTest:
         gain = f"{round(self.gain, 2) + 0.0:.2f} +- {self.gain_error:.2g} nats per particle"
         if self.is_heterogeneous:
             times = f"{math.exp(self.gain):,.2g}" if self.gain < 4 else f"{math.exp(self.gain):,.0f}" if self.gain < 9 else "more than 8,000"
-            return (f"The particles differ (heterogeneous; {self.sureness}). Images that were held back are {times} times as likely as if all showed one rigid molecule, "
+            return (f"The particles differ (heterogeneous; {self.sureness}). An image that was held back is typically {times} times as likely as if all showed one rigid molecule, "
                     f"whatever its errors of pose and contrast: a gain of {gain}. Errors that remain: {size}.")
         return (f"No difference between the particles was found (no heterogeneity found; {self.sureness}). One rigid molecule, with errors of {size}, "
                 f"explains images that were held back as well: the gain is {gain}, where at least 0.2 and 5 standard errors are asked for.")

@@ -132,7 +132,7 @@ def select_range(
         raise InputError(f'Say which values of "{name}" to keep: --low, --high or both.')
     values = np.asarray(values, dtype=np.float64)
     bottom, top = -np.inf if low is None else low, np.inf if high is None else high
-    words = " and ".join(text for text, given in ((f"at least {low}", low), (f"at most {high}", high)) if given is not None)
+    words = " and ".join(f"{side} {bound:g}" for side, bound in (("at least", low), ("at most", high)) if bound is not None)
     return select_rows((values >= bottom) & (values <= top), particle, n_total, f"{name} {words}")
 
 # %% ../nbs/52_selection.ipynb #a1a39e29
