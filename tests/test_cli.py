@@ -536,6 +536,24 @@ def test_interrupt_outside_training(recon, monkeypatch):
     assert (done.status, done.err) == (130, 'recon inspect: interrupted\n')
 
 
+@pytest.mark.parametrize('label', ['rlnDefocusU', 'rlnDefocusV', 'rlnDefocusAngle'])
+def test_a_ctf_with_a_column_missing_is_not_dropped(star, tmp_path, capsys, label):
+    """A run without the CTF would look like any other; the column is named instead."""
+    poor = tmp_path / 'poor.star'
+    poor.write_text(star.read_text().replace(f'_{label} ', '_mine '))
+    assert main(['subspace', str(poor), '--datadir', str(star.parent), '-o', str(tmp_path / 'run')]) == 2
+    assert label in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_folder_names_its_particle_files(data, tmp_path, capsys):
+    """The file of that name comes first, whatever else is there."""
+    (tmp_path / 'particles.star').write_text((data / 'particles.star').read_text())
+    (tmp_path / 'old.star').write_text('')
+    assert main(['inspect', str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert 0 < told.index('particles.star') < told.index('old.star')
+
+
 # ---------------------------------------------------------------- processes
 
 @pytest.mark.slow
