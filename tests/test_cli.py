@@ -335,7 +335,9 @@ def test_filter_that_removes_nothing_or_everything_says_so(recon, trained, data)
     kept = recon(*words, '--low', -1e9, '-o', 'everything')
     assert kept.status == 0 and '100 of 100 particles are kept, 0 removed' in kept.out and 'Nothing is removed' in kept.out, kept.err
     assert f'start RELION in {data}, from where they count' in kept.err and f'--datadir {data}' in kept.err
-    none = recon(*words, '--low', 1e9, '-o', 'none')
+    outside = recon(*words, '--low', 1e9, '-o', 'none')
+    assert outside.status == 2 and 'pc1 at least 1e+09, but pc1 runs from' in outside.err and not (trained / 'selections/none.json').exists()
+    none = recon(*words, '--low', -1e9, '--invert', '-o', 'none')
     assert none.status == 0 and '0 of 100 particles are kept' in none.out and 'no star file is written' in none.out and '--clusters' in none.out, none.err
     assert not (trained / 'selections/none.star').exists() and len(Selection.load(trained / 'selections/none.json')) == 0
 

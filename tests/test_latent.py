@@ -331,7 +331,7 @@ def test_report_says_what_is_wrong_with_the_images(tmp_path):
     write_json(run.path / 'config.json', config)
     options = {'kmeans': 2, 'n_points': 2, 'umap': False, 'device': 'cpu'}
     healthy = analyze_run(run, **options).read_text()
-    assert 'defocus, Å, from and to' in healthy and 'could not be inspected' not in healthy
+    assert re.search(r'<th>defocus</th><td>[\d.]+ to [\d.]+ µm</td>', healthy) and 'could not be inspected' not in healthy
     write_stack(tmp_path / 'images' / 'particles.mrcs', -simulated.stack.images, 24.0)
     sick = analyze_run(run, **options).read_text()
     assert sick.count('<li>') == healthy.count('<li>') + 1

@@ -93,7 +93,7 @@ def test_wheel_alone_answers(built, tmp_path):
 def test_run_time_modules_import_run_time_requirements_only():
     names = {'scikit-learn': 'sklearn', 'scikit-image': 'skimage', 'umap-learn': 'umap'}
     needed = {names.get(n, n).replace('-', '_') for n in (re.match(r'[\w.-]+', r)[0] for r in settings['requirements'].split())}
-    optional = {'voila', 'jupyter_core', 'ipython', 'IPython', 'anywidget', 'fastcore', 'nbdev'}  # asked for where they are used, with a message
+    optional = {'voila', 'tornado', 'jupyter_core', 'ipython', 'IPython', 'anywidget', 'fastcore', 'nbdev'}  # asked for where they are used, with a message; tornado comes with voila
     found = set()
     for path in (root / 'recon_nb').glob('*.py'):
         for match in re.finditer(r'^\s*(?:from|import) ([A-Za-z_]\w*)', path.read_text(encoding='utf-8'), re.M):
